@@ -1,0 +1,42 @@
+"""What a site agrees to. Its own file decides; an instruction can only ask."""
+
+from __future__ import annotations
+
+from conf.schema.site import SiteFile
+from protocol.errors import SiteRefusal
+from protocol.instructions import InstructionHeader
+
+__all__ = ["check_policy"]
+
+
+def check_policy(site: SiteFile, header: InstructionHeader) -> None:
+    """Refuse what the site's file does not allow.
+
+    Raises:
+        SiteRefusal: with a code for the server, and a message that tells nothing about the data.
+    """
+    plan, policy = header.plan, site.policy
+    if header.round > plan.rounds:
+        raise SiteRefusal("round_out_of_plan", f"round {header.round} is beyond the {plan.rounds} rounds of the plan")
+    if plan.local.steps > policy.max_steps_per_round:
+        raise SiteRefusal(
+            "too_many_steps",
+            f"{plan.local.steps} steps per round are above this site's policy.max_steps_per_round="
+            f"{policy.max_steps_per_round}",
+        )
+    if policy.allowed_bases is not None and header.base_digest not in policy.allowed_bases:
+        raise SiteRefusal(
+            "base_not_allowed", f"base {header.base_digest[:12]} is not in this site's policy.allowed_bases"
+        )
+    if plan.privacy.kind == "none":
+        if not policy.allow_no_privacy:
+            raise SiteRefusal(
+                "no_privacy", "the plan protects nothing and this site's policy.allow_no_privacy is false"
+            )
+        return
+    if plan.privacy.insecure_seed is not None and not policy.allow_insecure_seed:
+        raise SiteRefusal(
+            "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
+        )
+    if site.budget is None:
+        raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")

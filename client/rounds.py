@@ -1,0 +1,231 @@
+"""One round at a site, in reading order: policy, reserve, train, difference, commit, reply."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from client.policy import check_policy
+from client.state import SiteState
+from conf.schema.privacy import ExampleLevel
+from conf.schema.site import SiteFile
+from finetuning.adapters import AdaptedModel
+from finetuning.batches import Example
+from finetuning.loop import TrainingDiagnostics, train_locally
+from finetuning.tasks.build import build_objective
+from privacy.accounting import epsilon_of
+from privacy.gradients import gradient_rule
+from privacy.ledger import Ledger, Reservation
+from privacy.plan import PrivacyPlan, build_plan
+from privacy.randomness import SecureStream
+from protocol.errors import BudgetExceeded, PrivacyError, ReplyRejected, SiteRefusal
+from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
+from protocol.tensors import digest, layout_of, subtract, verify
+from strategies.build import build_strategy
+
+__all__ = ["RoundWork", "answer", "rehearse"]
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """What a site brings to a round."""
+
+    file: SiteFile
+    state: SiteState
+    adapted: Callable[[ClientPlan], AdaptedModel]
+    examples: Callable[[ClientPlan, AdaptedModel], Sequence[Example]]
+
+
+def answer(instruction: Instruction, work: RoundWork) -> Reply:
+    """Return the update of one round, or a refusal. Nothing is spent before every check has passed."""
+    try:
+        return _train(instruction, work)
+    except SiteRefusal as refusal:
+        return _refusal(instruction, work, refusal.code, str(refusal))
+    except BudgetExceeded as exceeded:
+        return _refusal(instruction, work, "budget_exceeded", str(exceeded))
+
+
+def _train(instruction: Instruction, work: RoundWork) -> Reply:
+    header, plan = instruction.header, instruction.header.plan
+    check_policy(work.file, header)
+    adapted = work.adapted(plan)
+    trained_names = build_strategy(plan.strategy).trained(adapted.names)
+    start = _starting_adapter(instruction, adapted, trained_names)
+    examples = work.examples(plan, adapted)
+    privacy = _privacy_plan(plan, work.file, len(examples))
+
+    reservation = _reserve(work.state.ledger, privacy, plan, header.round)
+    adapted.load(start)
+    diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, privacy)
+    update = subtract(adapted.extract(), start, trained_names)
+    if reservation is not None and work.state.ledger is not None:
+        work.state.ledger.commit(reservation)
+
+    return Reply(
+        ReplyHeader(
+            status="trained",
+            site=work.file.name,
+            round=header.round,
+            plan_digest=header.plan_digest,
+            base_digest=adapted.base.digest,
+            adapter_digest=header.adapter_digest,
+            privacy=_statement(privacy, work.state.ledger, plan, header.round),
+            metrics={"training_loss": diagnostics.mean_loss} if work.file.policy.release_training_loss else {},
+        ),
+        update,
+    )
+
+
+def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
+    """Do everything that comes before spending, and return the privacy plan: the site's operator sees what is wrong.
+
+    Raises:
+        CloisterError: the data, the model, the adapter or the budget does not fit the plan.
+    """
+    adapted = work.adapted(plan)
+    trained_names = build_strategy(plan.strategy).trained(adapted.names)
+    privacy = _privacy_plan(plan, work.file, len(work.examples(plan, adapted)))
+    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
+    trained = adapted.train_only(trained_names)
+    gradient_rule(privacy, per_example, adapted.network, trained, SecureStream.from_operating_system()).close()
+    budget = work.file.budget
+    if privacy.is_private and budget is not None:
+        one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
+        if one_step > budget.epsilon:
+            raise BudgetExceeded(
+                f"site {work.file.name}: a single step costs ε={one_step:.3f}, above the site's whole budget of "
+                f"{budget.epsilon:g} at δ={budget.delta:.3g}; raise the noise, lower expected_batch_size, or raise the budget"
+            )
+    return privacy
+
+
+def _starting_adapter(
+    instruction: Instruction, adapted: AdaptedModel, trained_names: frozenset[str]
+) -> Mapping[str, torch.Tensor]:
+    """Return the whole adapter: what was sent, and what the site derives from the public seed."""
+    header = instruction.header
+    if adapted.base.digest != header.base_digest:
+        raise SiteRefusal(
+            "wrong_base",
+            f"this site's copy of the base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
+            "install the same model files",
+        )
+    initial = adapted.initial(header.plan.adapter_seed)
+    expected = {name: shape for name, shape in layout_of(initial).items() if name in trained_names}
+    try:
+        verify(instruction.tensors, expected)
+    except ReplyRejected as problem:
+        raise SiteRefusal(problem.code, f"the adapter sent by the server is unusable: {problem}") from problem
+    start = initial | dict(instruction.tensors)
+    if digest(start) != header.adapter_digest:
+        raise SiteRefusal("adapter_digest", "the adapter does not match its digest; server and site differ in version")
+    return start
+
+
+def _privacy_plan(plan: ClientPlan, file: SiteFile, num_records: int) -> PrivacyPlan:
+    try:
+        return build_plan(
+            plan.privacy,
+            plan.local,
+            rounds=plan.rounds,
+            published_records=file.published_records,
+            num_records=num_records,
+            site_delta=None if file.budget is None else file.budget.delta,
+        )
+    except PrivacyError as error:
+        raise PrivacyError(f"site {file.name}: {error}") from error
+
+
+def _reserve(ledger: Ledger | None, privacy: PrivacyPlan, plan: ClientPlan, round_number: int) -> Reservation | None:
+    """Book the round's steps before they are executed; the ledger refuses what the budget does not cover."""
+    if not privacy.is_private:
+        return None
+    if ledger is None:
+        raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
+    return ledger.reserve(plan.run, round_number, privacy.mechanism(privacy.steps_per_round))
+
+
+def _run_steps(
+    instruction: Instruction,
+    work: RoundWork,
+    adapted: AdaptedModel,
+    trained_names: frozenset[str],
+    examples: Sequence[Example],
+    privacy: PrivacyPlan,
+) -> TrainingDiagnostics:
+    header, plan = instruction.header, instruction.header.plan
+    trained = adapted.train_only(trained_names)
+    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
+    rule = gradient_rule(privacy, per_example, adapted.network, trained, _stream(plan, work.file.name, header.round))
+    try:
+        diagnostics = train_locally(
+            adapted,
+            trained,
+            examples,
+            build_objective(plan.task),
+            rule,
+            plan.local,
+            seed=_dropout_seed(plan, work.file.name, header.round),
+            micro_batch_tokens=work.file.runtime.micro_batch_tokens,
+        )
+    finally:
+        rule.close()
+    work.state.record_diagnostics(header.round, diagnostics, clipped=rule.clipped, non_finite=rule.non_finite)
+    return diagnostics
+
+
+def _stream(plan: ClientPlan, site: str, round_number: int) -> SecureStream:
+    """Return the randomness of sampling and noise: the operating system's, unless a simulation asks to be repeatable.
+
+    Without privacy there is nothing to hide, and a run is repeatable.
+    """
+    seed = plan.privacy.insecure_seed if isinstance(plan.privacy, ExampleLevel) else plan.adapter_seed
+    return SecureStream.from_operating_system() if seed is None else SecureStream.insecure(seed, site, round_number)
+
+
+def _dropout_seed(plan: ClientPlan, site: str, round_number: int) -> int:
+    return (
+        int.from_bytes(hashlib.sha256(f"{plan.adapter_seed}|{site}|{round_number}".encode()).digest()[:8], "big") >> 1
+    )
+
+
+def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan, round_number: int) -> PrivacyStatement:
+    if not privacy.is_private or ledger is None:
+        return PrivacyStatement(
+            unit=privacy.unit,
+            relation=privacy.relation,
+            sampling_rate=privacy.sampling.rate,
+            steps_executed=round_number * privacy.steps_per_round,
+        )
+    booked = ledger.mechanisms(plan.run)
+    return PrivacyStatement(
+        unit=privacy.unit,
+        relation=privacy.relation,
+        epsilon_run=privacy.epsilon(booked),
+        epsilon_total=ledger.spent(),
+        epsilon_budget=ledger.budget.epsilon,
+        delta=privacy.delta,
+        accountant=privacy.accountant,
+        noise_multiplier=privacy.noise_multiplier,
+        clip_norm=privacy.clip_norm,
+        sampling_rate=privacy.sampling.rate,
+        steps_executed=sum(mechanism.steps for mechanism in booked),
+        insecure_seed=isinstance(plan.privacy, ExampleLevel) and plan.privacy.insecure_seed is not None,
+    )
+
+
+def _refusal(instruction: Instruction, work: RoundWork, code: str, reason: str) -> Reply:
+    return Reply(
+        ReplyHeader(
+            status="refused",
+            site=work.file.name,
+            round=instruction.header.round,
+            plan_digest=instruction.header.plan_digest,
+            code=code,
+            reason=reason,
+        )
+    )

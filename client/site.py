@@ -1,0 +1,148 @@
+"""A site: data, model, ledger and policy behind one door, `handle`.
+
+Everything that touches the data is installed by the organization. What comes from a server is data (JSON and tensors),
+never code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from client.rounds import RoundWork, answer, rehearse
+from client.state import SiteState
+from conf.schema.model import Model
+from conf.schema.site import SiteFile
+from finetuning.adapters import AdaptedModel, attach
+from finetuning.batches import Example, TokenizedRows, tokenize_rows
+from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.models import load_base
+from privacy.plan import PrivacyPlan
+from protocol.errors import ConfigError, DataError
+from protocol.instructions import ClientPlan, Instruction, Reply, SiteCard
+
+__all__ = ["Site", "open_site", "read_site_file"]
+
+
+class Site:
+    """One organization's end of the federation."""
+
+    def __init__(self, file: SiteFile, rows: Callable[[], Sequence[Row]] | None = None) -> None:
+        """Open a site.
+
+        Args:
+            file: the site's own configuration.
+            rows: where the training records come from, when it is not `file.data.source`.
+        """
+        self.file = file
+        self._read = rows or self._training_rows
+        self._tokenized: dict[tuple[object, ...], TokenizedRows] = {}
+        if file.runtime.threads is not None:
+            torch.set_num_threads(file.runtime.threads)
+
+    @cached_property
+    def state(self) -> SiteState:
+        """The site's files, created when first needed."""
+        return SiteState(self.file)
+
+    def card(self) -> SiteCard:
+        """Return what the site says of itself."""
+        return SiteCard(
+            cloister_version=version("cloister"), site=self.file.name, published_records=self.file.published_records
+        )
+
+    def handle(self, instruction: Instruction) -> Reply:
+        """Return the answer to an instruction: an update, or a refusal with its reason."""
+        return answer(instruction, self._work())
+
+    def rehearse(self, plan: ClientPlan) -> PrivacyPlan:
+        """Check a plan against this site's data, model and budget; spends nothing, trains nothing.
+
+        Raises:
+            CloisterError: naming what does not fit.
+        """
+        return rehearse(plan, self._work())
+
+    def close(self) -> None:
+        """Release the site's files."""
+        if "state" in self.__dict__:
+            self.state.close()
+
+    def _work(self) -> RoundWork:
+        return RoundWork(self.file, self.state, self._adapted, self._examples)
+
+    def _training_rows(self) -> Sequence[Row]:
+        return split_rows(read_rows(self.file.data.source), self.file.data, seed=0)[0]
+
+    def _model(self, plan: ClientPlan) -> Model:
+        """Return the plan's model, at this site's own path where the file gives one."""
+        own = self.file.model_path
+        return plan.model if own is None else plan.model.model_copy(update={"path": own, "revision": None})
+
+    def _adapted(self, plan: ClientPlan) -> AdaptedModel:
+        base = load_base(self._model(plan), plan.task, self.file.runtime.device)
+        return attach(base, plan.peft, plan.task)
+
+    def _examples(self, plan: ClientPlan, adapted: AdaptedModel) -> Sequence[Example]:
+        key = (adapted.base.digest, plan.task)
+        if key not in self._tokenized:
+            self._tokenized[key] = tokenize_site(self.file, self._read(), plan, adapted)
+        return self._tokenized[key].examples
+
+
+def tokenize_site(file: SiteFile, rows: Sequence[Row], plan: ClientPlan, adapted: AdaptedModel) -> TokenizedRows:
+    """Return the site's records as examples.
+
+    Raises:
+        DataError: no record, or one that does not fit its description.
+    """
+    if not rows:
+        raise DataError(
+            f"site {file.name} has no training record; check data.source, data.split_column and the partition"
+        )
+    context, wanted = adapted.base.context, file.data.max_length
+    if context is not None and wanted is not None and wanted > context:
+        raise DataError(
+            f"data.max_length={wanted} is above the model's context of {context} tokens; use at most {context}"
+        )
+    return tokenize_rows(
+        rows,
+        file.data.columns,
+        adapted.base.tokenizer,
+        max_length=wanted or context,
+        train_on=file.data.train_on,
+        truncation=file.data.truncation,
+        labels=plan.task.labels,
+    )
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Return a site file, read from YAML.
+
+    Raises:
+        ConfigError: missing, or invalid; every problem is named.
+    """
+    if not path.is_file():
+        raise ConfigError(f"site file {path} does not exist; a site without its own file allows nothing")
+    try:
+        return SiteFile.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"site file {path} is no YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"  - {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"site file {path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
+
+
+def open_site(path: Path) -> Site:
+    """Return the site that a site file describes.
+
+    Raises:
+        ConfigError: the file is missing or invalid.
+    """
+    return Site(read_site_file(path))

@@ -1,0 +1,11 @@
+"""What every configuration model shares."""
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Frozen"]
+
+
+class Frozen(BaseModel):
+    """A value: immutable, hashable where its fields are, and intolerant of keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

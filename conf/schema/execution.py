@@ -1,0 +1,53 @@
+"""Settings that cannot touch the guarantee: where it runs, what is evaluated, what is shown."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from conf.schema.base import Frozen
+
+__all__ = ["Evaluation", "InProcess", "Logging", "Ray", "Runtime"]
+
+
+class _Runtime(Frozen):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1, description="torch threads per process; null: torch's own choice")
+    micro_batch_tokens: int = Field(
+        default=8192, ge=1, description="padded tokens processed at once; changes memory and speed, never the result"
+    )
+
+
+class InProcess(_Runtime):
+    """All sites in this process, one after the other, sharing one base model."""
+
+    kind: Literal["in_process"] = "in_process"
+
+
+class Ray(_Runtime):
+    """Flower's simulation engine: one base model per Ray actor."""
+
+    kind: Literal["ray"] = "ray"
+    cpus_per_site: float = Field(default=1.0, gt=0)
+    gpus_per_site: float = Field(default=0.0, ge=0)
+
+
+Runtime = Annotated[InProcess | Ray, Field(discriminator="kind")]
+
+
+class Evaluation(Frozen):
+    """What the server measures on held-out text that it may see."""
+
+    every: int = Field(
+        default=2, ge=0, description="rounds between evaluations; 0: never. The last round is always one"
+    )
+    max_examples: int | None = Field(default=None, ge=1, description="held-out records used; null: all")
+
+
+class Logging(Frozen):
+    """What is shown while a run goes on, and where its files go."""
+
+    progress: Literal["auto", "rich", "plain", "none"] = Field(
+        default="auto", description="auto: a live display on a terminal, plain lines elsewhere"
+    )
+    directory: str | None = Field(default=None, description="run directory; null: runs/DATE-TIME-NAME")
+    keep_checkpoints: int = Field(default=3, ge=1, description="newest round checkpoints kept")

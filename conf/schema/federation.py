@@ -1,0 +1,65 @@
+"""How many rounds, who takes part, and what a site does in one round."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from conf.schema.base import Frozen
+
+__all__ = ["SGD", "AdamW", "Federation", "LocalTraining", "Optimizer"]
+
+
+class SGD(Frozen):
+    """Plain or heavy-ball SGD on the (noised) gradient."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class AdamW(Frozen):
+    """AdamW on the (noised) gradient; its state lives for one round."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=5e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
+
+
+class LocalTraining(Frozen):
+    """One site's work in one round. All three numbers are public constants."""
+
+    steps: int = Field(default=4, ge=1, description="optimizer steps per round")
+    expected_batch_size: float = Field(
+        default=64,
+        ge=1,
+        description="a record is drawn with probability expected_batch_size / published record count, and every sum of "
+        "gradients is divided by expected_batch_size, whatever was drawn",
+    )
+    optimizer: Optimizer = SGD()
+
+
+class Federation(Frozen):
+    """Rounds, cohort and quorum."""
+
+    rounds: int = Field(default=10, ge=1)
+    cohort_size: int | None = Field(default=None, ge=1, description="sites drawn per round; null: all of them")
+    min_replies: int = Field(default=1, ge=1, description="valid replies a round needs; below it the run fails")
+    reply_timeout_s: float = Field(default=3600.0, gt=0, description="how long a round waits for replies")
+    expected_sites: int = Field(default=1, ge=1, description="sites that must be connected before round 1")
+    release_training_loss: bool = Field(
+        default=False,
+        description="simulated sites only: send the local training loss, which no ε covers (real sites decide in their "
+        "own site file)",
+    )
+    site_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="budget of each simulated site; null: what this run needs. Real sites set their own",
+    )
+    local: LocalTraining = LocalTraining()

@@ -1,0 +1,159 @@
+"""The support matrix: what must hold across groups. Each rule returns the problem, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conf.schema.experiment import Experiment
+
+__all__ = ["RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check, and the groups it reads: it can be applied as soon as these are valid."""
+
+    check: Callable[[Experiment], str | None]
+    groups: frozenset[str]
+
+
+def one_noise_setting(experiment: Experiment) -> str | None:
+    """Example-level privacy takes a target ε or a noise multiplier: one of them, not both."""
+    privacy = experiment.privacy
+    if privacy.kind == "none":
+        return None
+    given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
+    if len(given) == 1:
+        return None
+    state = "both are set" if given else "neither is set"
+    return f"privacy: {state}; give exactly one of privacy.target_epsilon and privacy.noise_multiplier (null the other)"
+
+
+def cohort_within_population(experiment: Experiment) -> str | None:
+    """A cohort cannot be larger than the number of sites."""
+    federation, population = experiment.federation, simulated_population(experiment)
+    if federation.cohort_size is None or population is None or federation.cohort_size <= population:
+        return None
+    return (
+        f"federation.cohort_size={federation.cohort_size} is larger than the population of {population} sites; "
+        f"use at most {population}, or null for all"
+    )
+
+
+def quorum_within_cohort(experiment: Experiment) -> str | None:
+    """More replies than sites asked can never arrive."""
+    federation = experiment.federation
+    cohort = federation.cohort_size or simulated_population(experiment)
+    if cohort is None or federation.min_replies <= cohort:
+        return None
+    return (
+        f"federation.min_replies={federation.min_replies} is larger than the cohort of {cohort} sites; "
+        f"use at most {cohort}"
+    )
+
+
+def labels_need_a_classifier(experiment: Experiment) -> str | None:
+    """Labelled data and the classification task go together."""
+    labelled = experiment.data.columns.kind == "labelled"
+    if labelled == (experiment.task.kind == "classification"):
+        return None
+    if labelled:
+        return "data.columns.kind=labelled needs task=classification (and task.labels=[...]), or text columns"
+    return (
+        f"task=classification needs data.columns.kind=labelled, not {experiment.data.columns.kind}; "
+        "choose data=csv_labelled or set data.columns"
+    )
+
+
+def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
+    """Opacus has no per-example rule for DoRA's magnitude vectors."""
+    privacy = experiment.privacy
+    if privacy.kind == "none" or not experiment.peft.dora or privacy.per_example_gradients != "opacus":
+        return None
+    return (
+        "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); "
+        "set privacy.per_example_gradients=one_by_one (exact, slower), or peft.dora=false"
+    )
+
+
+def frozen_a_needs_no_dora(experiment: Experiment) -> str | None:
+    """FFA-LoRA averages B exactly only when B is all that moves."""
+    if experiment.strategy.kind != "ffa_lora" or not experiment.peft.dora:
+        return None
+    return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude to train; use strategy=fedit or peft.dora=false"
+
+
+def simulated_population(experiment: Experiment) -> int | None:
+    """Return the number of simulated sites where the configuration alone fixes it, else None."""
+    partition = experiment.data.partition
+    if partition.kind == "natural_key":
+        return None if partition.sites is None else len(partition.sites)
+    return partition.sites
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(one_noise_setting, frozenset({"privacy"})),
+    Rule(cohort_within_population, frozenset({"federation", "data"})),
+    Rule(quorum_within_cohort, frozenset({"federation", "data"})),
+    Rule(labels_need_a_classifier, frozenset({"data", "task"})),
+    Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
+    Rule(frozen_a_needs_no_dora, frozenset({"strategy", "peft"})),
+)
+
+
+def broken_rules(experiment: Experiment, invalid: Container[str] = ()) -> list[str]:
+    """Return one sentence per broken rule, each with the path, the value, the bound and the fix.
+
+    Rules that read an `invalid` group are left out: their answer would mean nothing.
+    """
+    usable = [rule for rule in RULES if not any(group in invalid for group in rule.groups)]
+    return [problem for rule in usable if (problem := rule.check(experiment)) is not None]
+
+
+def _no_privacy(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind == "none":
+        return "privacy=none: nothing protects the sites' records; adapters can be inverted to recover text"
+    return None
+
+
+def _insecure_seed(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind != "none" and experiment.privacy.insecure_seed is not None:
+        return (
+            "privacy.insecure_seed is set: noise is repeatable, so ε holds only against those who do not know the seed"
+        )
+    return None
+
+
+def _released_loss(experiment: Experiment) -> str | None:
+    if experiment.federation.release_training_loss:
+        return "federation.release_training_loss=true: training losses leave the sites and no ε covers them"
+    return None
+
+
+def _high_epsilon(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind != "none" and (experiment.privacy.target_epsilon or 0) > 10:
+        return f"privacy.target_epsilon={experiment.privacy.target_epsilon} is a weak promise; 10 or less is usual"
+    return None
+
+
+def _both_factors_under_noise(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
+        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora usually does better under privacy"
+    return None
+
+
+WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
+    _no_privacy,
+    _insecure_seed,
+    _released_loss,
+    _high_epsilon,
+    _both_factors_under_noise,
+)
+
+
+def warnings_for(experiment: Experiment) -> list[str]:
+    """Return what is allowed but worth a second look."""
+    return [warning for rule in WARNINGS if (warning := rule(experiment)) is not None]

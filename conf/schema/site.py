@@ -1,0 +1,58 @@
+"""A site's own file: its data, its budget, and what it allows. No server can change it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from conf.schema.base import Frozen
+from conf.schema.data import DataConfig
+
+__all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime"]
+
+
+class SiteBudget(Frozen):
+    """The most one record of this site may ever cost, over all runs."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class SitePolicy(Frozen):
+    """What this site agrees to. The defaults agree to private training and release nothing else."""
+
+    allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
+    allow_insecure_seed: bool = Field(default=False, description="take part with repeatable noise: simulation only")
+    release_training_loss: bool = Field(default=False, description="send the local training loss; no ε covers it")
+    allowed_bases: tuple[str, ...] | None = Field(
+        default=None, description="base digests this site trains; null: any that it holds"
+    )
+    max_steps_per_round: int = Field(default=1000, ge=1)
+
+
+class SiteRuntime(Frozen):
+    """How this site computes; cannot touch the guarantee."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: int = Field(default=8192, ge=1)
+
+
+class SiteFile(Frozen):
+    """Everything a site needs to answer instructions."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    published_records: int = Field(
+        ge=1,
+        description="a record count the site makes public (rounded, say): the sampling rate follows from it. The true "
+        "count stays a secret",
+    )
+    data: DataConfig
+    budget: SiteBudget | None = Field(default=None, description="null: this site can only take part without privacy")
+    policy: SitePolicy = SitePolicy()
+    runtime: SiteRuntime = SiteRuntime()
+    model_path: str | None = Field(
+        default=None, description="this site's copy of the base; null: the name the plan gives"
+    )
+    state_directory: str = Field(min_length=1, description="where the ledger and the private diagnostics are kept")

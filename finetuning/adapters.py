@@ -1,0 +1,233 @@
+"""The adapter: LoRA factors (and a classification head) on a shared frozen base, as named tensors in and out.
+
+One network per process carries one set of adapter parameters. A site's adapter is *loaded into* it before training
+and *copied out* after it, so sixty-four simulated sites need the memory of one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from conf.schema.model import LoRA
+from conf.schema.task import Task
+from finetuning.models import FrozenBase
+from protocol.errors import ModelError
+from protocol.tensors import NamedTensors
+
+__all__ = ["AdaptedModel", "attach"]
+
+_log = logging.getLogger(__name__)
+_ADAPTER = "default"
+_HEADS = ("score", "classifier", "classification_head")
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """A base with adapter parameters attached. `parameters` maps PEFT state-dict names to them, in a fixed order."""
+
+    base: FrozenBase
+    network: PeftModel
+    parameters: Mapping[str, nn.Parameter]
+    config: LoRA
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapter's tensor names."""
+        return frozenset(self.parameters)
+
+    def initial(self, seed: int) -> dict[str, torch.Tensor]:
+        """Return the adapter that every site starts from: PEFT's own initialization, drawn from `seed`.
+
+        B is zero, so the first function is the base's own. The network's current values are overwritten.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for module in self.network.modules():
+                if isinstance(module, LoraLayer):
+                    _reset_on_cpu(module)
+        self._reset_head()
+        return self.extract()
+
+    def load(self, tensors: NamedTensors) -> None:
+        """Copy an adapter into the network.
+
+        Raises:
+            ModelError: when names or shapes differ from this network's.
+        """
+        if tensors.keys() != self.parameters.keys():
+            odd = sorted(tensors.keys() ^ self.parameters.keys())
+            raise ModelError(f"the adapter does not fit this model: {len(odd)} tensor name(s) differ, first {odd[0]}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if tensors[name].shape != parameter.shape:
+                    raise ModelError(
+                        f"the adapter does not fit this model: {name} has shape {tuple(tensors[name].shape)}, "
+                        f"the model needs {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(tensors[name])
+                parameter.grad = None
+
+    def extract(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the adapter as float32 CPU tensors."""
+        # `.to` alone may return the parameter's own storage, which the next site would overwrite.
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in self.parameters.items()}
+
+    def train_only(self, names: frozenset[str]) -> dict[str, nn.Parameter]:
+        """Let exactly `names` take gradients, and return their parameters in a fixed order."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        return {name: parameter for name, parameter in self.parameters.items() if name in names}
+
+    def _reset_head(self) -> None:
+        for module in self.network.modules():
+            originals = getattr(module, "original_module", None)
+            copies = getattr(module, "modules_to_save", None)
+            if isinstance(originals, nn.Module) and isinstance(copies, nn.ModuleDict):
+                copies[_ADAPTER].load_state_dict(originals.state_dict())
+
+
+_attached: WeakKeyDictionary[PreTrainedModel, AdaptedModel] = WeakKeyDictionary()
+
+
+def attach(base: FrozenBase, config: LoRA, task: Task) -> AdaptedModel:
+    """Return the base with an adapter attached; a second call with the same configuration returns the same object.
+
+    Raises:
+        ModelError: an unknown target module, or a rank above a target layer's size.
+    """
+    current = _attached.get(base.network)
+    if current is not None:
+        if current.config == config:
+            return current
+        current.network.unload()
+    network = get_peft_model(base.network, _peft_config(base.network, config, task), adapter_name=_ADAPTER)
+    _keep_head_in_float32(network)
+    adapted = AdaptedModel(base, network, _named_parameters(network), config)
+    _attached[base.network] = adapted
+    _log.info(
+        "adapter: %d tensors, %d values", len(adapted.parameters), sum(p.numel() for p in adapted.parameters.values())
+    )
+    return adapted
+
+
+def _peft_config(network: PreTrainedModel, config: LoRA, task: Task) -> LoraConfig:
+    linear = _linear_layers(network)
+    targets = sorted(linear) if config.targets == "auto" else _matching(network, config.targets)
+    modules = dict(network.named_modules())
+    for name in targets:
+        _check_rank(name, modules[name], config.rank)
+    classifies = task.kind == "classification"
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=_short_names(targets, modules),
+        use_rslora=config.rslora,
+        use_dora=config.dora,
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
+        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
+        modules_to_save=[_head_name(network)] if classifies else None,
+    )
+
+
+def _linear_layers(network: PreTrainedModel) -> list[str]:
+    """Return every linear layer inside the blocks: not the embedding's transpose, not the classification head."""
+    output = network.get_output_embeddings()
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and name.split(".")[0] not in _HEADS
+    ]
+
+
+def _matching(network: PreTrainedModel, endings: tuple[str, ...]) -> list[str]:
+    names = [name for name, _ in network.named_modules() if name]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(network)})
+    matched: list[str] = []
+    for ending in endings:
+        found = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        if not found:
+            near = difflib.get_close_matches(ending, leaves, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ModelError(
+                f"peft.targets: no module of this model is named {ending!r}{hint} Linear layers: {', '.join(leaves)}"
+            )
+        matched += found
+    return sorted(set(matched))
+
+
+def _short_names(targets: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the endings that select exactly `targets`, for a readable adapter_config.json; else the full names."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    selected = [name for name in modules if name.rsplit(".", 1)[-1] in endings]
+    return endings if sorted(selected) == sorted(targets) else targets
+
+
+def _check_rank(name: str, module: nn.Module, rank: int) -> None:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and rank > min(weight.shape):
+        raise ModelError(
+            f"peft.rank={rank} is above the size of {name} ({weight.shape[0]} x {weight.shape[1]}); "
+            f"use at most {min(weight.shape)}"
+        )
+
+
+def _head_name(network: PreTrainedModel) -> str:
+    for name, _ in network.named_children():
+        if name in _HEADS:
+            return name
+    raise ModelError(f"{type(network).__name__} has no classification head named {' or '.join(_HEADS)}")
+
+
+def _keep_head_in_float32(network: PeftModel) -> None:
+    """A trained head is noised and averaged like the LoRA factors, so it needs their precision on a 16-bit base."""
+    for module in network.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            head = copies[_ADAPTER].float()
+            head.register_forward_pre_hook(lambda _, args: tuple(value.float() for value in args))
+
+
+def _named_parameters(network: PeftModel) -> dict[str, nn.Parameter]:
+    """Map PEFT's state-dict names to the parameters behind them. Both share storage, which is what identifies them."""
+    by_storage = {parameter.data_ptr(): parameter for parameter in network.parameters()}
+    state = get_peft_model_state_dict(network, adapter_name=_ADAPTER, save_embedding_layers=False)
+    return {name: by_storage[tensor.data_ptr()] for name, tensor in sorted(state.items())}
+
+
+def _reset_on_cpu(module: LoraLayer) -> None:
+    """Initialize with the CPU's generator: a GPU's draws other numbers from the same seed."""
+    factors = [
+        getattr(module, group)[_ADAPTER]
+        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+        if _ADAPTER in getattr(module, group, {})
+    ]
+    device = next(iter(_tensors(factors))).device
+    if device.type == "cpu":
+        module.reset_lora_parameters(_ADAPTER, True)
+        return
+    for factor in factors:
+        _move(factor, "cpu")
+    module.reset_lora_parameters(_ADAPTER, True)
+    for factor in factors:
+        _move(factor, device)
+
+
+def _tensors(factors: list[nn.Module | nn.Parameter]) -> list[torch.Tensor]:
+    return [tensor for f in factors for tensor in ([f] if isinstance(f, nn.Parameter) else list(f.parameters()))]
+
+
+def _move(factor: nn.Module | nn.Parameter, device: torch.device | str) -> None:
+    for tensor in _tensors([factor]):
+        tensor.data = tensor.data.to(device)

@@ -1,0 +1,343 @@
+"""Rows to token ids with a mask of what is learned, and token ids to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conf.schema.data import ChatColumns, Columns, LabelledColumns
+from finetuning.datasets import Row, cell, check_columns, nearest
+from finetuning.prompts import Segment, TrainOn, segments
+from protocol.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Example",
+    "TokenizationReport",
+    "TokenizedRows",
+    "collate",
+    "micro_batches",
+    "tokenize_rows",
+]
+
+IGNORED = -100
+"""Target of a token that is not learned: the value that torch's cross entropy leaves out."""
+
+_NO_STATED_CONTEXT = 10**9  # tokenizers that state no context report a huge number instead
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One tokenized record, as arrays of equal length; `label` is a class index, or None for a language model."""
+
+    input_ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+    label: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizationReport:
+    """What tokenizing did to the rows. All of it is private to the site that holds them.
+
+    ============== ==========================================================================
+    rows           rows given
+    kept           rows that became examples
+    truncated      rows cut to `max_length`, whether kept or not
+    emptied        row numbers (from 1) with nothing to learn: left out
+    tokens         tokens in the kept examples
+    trained_tokens those that are learned
+    max_length     the bound that was applied; None: no bound
+    ============== ==========================================================================
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    emptied: tuple[int, ...]
+    tokens: int
+    trained_tokens: int
+    max_length: int | None
+
+    def sentences(self) -> list[str]:
+        """Return the report as lines for a person; rows are named, at most ten of them."""
+        lines = [f"{self.kept} of {_count(self.rows, 'row')} kept: {_count(self.tokens, 'token')}"]
+        lines[0] += f", {self.trained_tokens} of them learned" if self.trained_tokens else ""
+        if self.truncated:
+            lines.append(f"{_count(self.truncated, 'row')} cut to data.max_length={self.max_length} tokens")
+        if self.emptied:
+            named = ", ".join(map(str, self.emptied[:10])) + (", ..." if len(self.emptied) > 10 else "")
+            lines.append(
+                f"{_count(len(self.emptied), 'row')} left out, with nothing to learn (empty, or cut before the "
+                f"completion): {named}"
+            )
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRows:
+    """The examples, in the order of their rows, and what happened on the way."""
+
+    examples: tuple[Example, ...]
+    report: TokenizationReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Padded tensors of `size` examples.
+
+    ============== ======== ======= ============================================================
+    input_ids      [B, T]   int64   padded on the right
+    attention_mask [B, T]   int64   1 for tokens, 0 for padding
+    targets        [B, T]   int64   the token ids where learned, else -100; NOT shifted
+    labels         [B]      int64   class indices, or None for a language model
+    ============== ======== ======= ============================================================
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of examples; 0 for an empty Poisson draw."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the same batch on another device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            targets=self.targets.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
+
+
+def tokenize_rows(
+    rows: Sequence[Row],
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    train_on: TrainOn = "completion",
+    truncation: Literal["truncate", "refuse"] = "truncate",
+    labels: tuple[str, ...] | None = None,
+) -> TokenizedRows:
+    """Return one example per row that has something to learn, and a report on all rows.
+
+    A bos token comes first where the tokenizer has one, and a learned eos token last; a chat has only what its template
+    writes. A labelled text gets the tokenizer's cls and sep tokens where it has them. Truncation keeps the start;
+    `max_length=None` stands for the context that the tokenizer states. No rows give no examples.
+
+    Raises:
+        DataError: naming the row, for a missing column, a value that is no text, an unknown label, a sequence that is
+            too long under `truncation="refuse"`; or when no row has anything to learn.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length={max_length} must be at least 2: one token to read and one to learn")
+    if rows:
+        check_columns(rows, columns)
+    bound = max_length if max_length is not None else _stated_context(tokenizer)
+    framing = _framing(columns, tokenizer)
+    pieces = [_numbered(number, row, columns, tokenizer, train_on) for number, row in enumerate(rows, start=1)]
+    label_of = [_label(number, row, columns, labels) for number, row in enumerate(rows, start=1)]
+    examples: list[Example] = []
+    emptied: list[int] = []
+    truncated = 0
+    for number, (ids, trained) in enumerate(_token_ids(pieces, tokenizer), start=1):
+        is_labelled = label_of[number - 1] is not None
+        length = len(ids) + framing.length if len(ids) else 0
+        if bound is not None and length > bound:
+            _check_may_cut(number, length, bound, truncation)
+            truncated += 1
+        has_content = bool(ids) if is_labelled else any(trained)
+        example = framing.example(ids, trained, label_of[number - 1], bound) if has_content else None
+        if example is None or not (is_labelled or example.trained.any()):
+            emptied.append(number)
+            continue
+        examples.append(example)
+    if rows and not examples:
+        raise DataError(_nothing_left(len(rows), truncated, bound))
+    report = TokenizationReport(
+        rows=len(rows),
+        kept=len(examples),
+        truncated=truncated,
+        emptied=tuple(emptied),
+        tokens=sum(len(example) for example in examples),
+        trained_tokens=sum(int(example.trained.sum()) for example in examples),
+        max_length=bound,
+    )
+    return TokenizedRows(tuple(examples), report)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Return the examples padded on the right to the longest of them; none at all gives a batch of shape [0, 0]."""
+    longest = max((len(example) for example in examples), default=0)
+    shape = (len(examples), longest)
+    ids = np.full(shape, pad_token_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        length = len(example)
+        ids[row, :length] = example.input_ids
+        mask[row, :length] = 1
+        targets[row, :length] = np.where(example.trained, example.input_ids, IGNORED)
+    known = [example.label for example in examples if example.label is not None]
+    if known and len(known) != len(examples):
+        raise ValueError(f"{len(known)} of {len(examples)} examples have a label; a batch needs all or none")
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        targets=torch.from_numpy(targets),
+        labels=torch.tensor(known, dtype=torch.int64) if known else None,
+    )
+
+
+def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Return groups of positions such that longest length times count stays within `max_tokens`.
+
+    Sorting by length keeps padding small. Each position is in exactly one group; one that is longer than `max_tokens`
+    has a group to itself. Equal lengths keep their order, so the result depends on the arguments alone.
+
+    >>> micro_batches([5, 1, 4, 9], max_tokens=7)
+    [[1], [2], [0], [3]]
+    >>> micro_batches([5, 1, 4, 9], max_tokens=10)
+    [[1, 2], [0], [3]]
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    groups: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        # Ascending order: the newcomer is the longest of its group.
+        if groups and lengths[position] * (len(groups[-1]) + 1) <= max_tokens:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Framing:
+    """The special tokens around a row. A final token that closes the input (`keep_end`) survives truncation."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    end_trained: bool
+    keep_end: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.start) + len(self.end)
+
+    def example(self, ids: list[int], trained: list[bool], label: int | None, bound: int | None) -> Example:
+        if self.keep_end and bound is not None:
+            room = max(bound - self.length, 1)
+            ids, trained = ids[:room], trained[:room]
+        cut = slice(0, bound)
+        all_ids = np.array([*self.start, *ids, *self.end][cut], dtype=np.int32)
+        ends = [self.end_trained] * len(self.end)
+        return Example(all_ids, np.array([*([False] * len(self.start)), *trained, *ends][cut], dtype=np.bool_), label)
+
+
+def _framing(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> _Framing:
+    if isinstance(columns, ChatColumns):
+        return _Framing((), (), end_trained=False, keep_end=False)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if isinstance(columns, LabelledColumns):
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        start = cls if cls is not None else bos
+        end = sep if cls is not None else None
+        return _Framing(_ids(start), _ids(end), end_trained=False, keep_end=True)
+    return _Framing(_ids(bos), _ids(eos), end_trained=True, keep_end=False)
+
+
+def _ids(token: object) -> tuple[int, ...]:
+    return (token,) if isinstance(token, int) else ()
+
+
+def _stated_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    stated = tokenizer.model_max_length
+    return stated if stated < _NO_STATED_CONTEXT else None
+
+
+def _numbered(
+    number: int, row: Row, columns: Columns, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+) -> tuple[Segment, ...]:
+    try:
+        return segments(row, columns, tokenizer, train_on)
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from error
+
+
+def _token_ids(
+    pieces: Sequence[tuple[Segment, ...]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[bool]]]:
+    texts = [piece.text for row in pieces for piece in row]
+    # One call for all rows lets the tokenizer use every core; not verbose: we report what is too long, with its row.
+    encoded = (
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
+    coming = iter(cast("list[list[int]]", encoded))
+    for row in pieces:
+        ids: list[int] = []
+        trained: list[bool] = []
+        for piece in row:
+            new = next(coming)
+            ids.extend(new)
+            trained.extend([piece.trained] * len(new))
+        yield ids, trained
+
+
+def _label(number: int, row: Row, columns: Columns, labels: tuple[str, ...] | None) -> int | None:
+    if not isinstance(columns, LabelledColumns):
+        return None
+    if not labels:
+        raise DataError("labelled data needs the set of labels; set task=classification task.labels=[...]")
+    try:
+        value = cell(row, columns.label, "data.columns.label")
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from error
+    name = str(value)
+    if name in labels:
+        return labels.index(name)
+    # Files without types (CSV) write an index as text.
+    if not isinstance(value, bool) and name.isascii() and name.isdigit() and int(name) < len(labels):
+        return int(name)
+    raise DataError(
+        f"row {number}: label {value!r} is not in task.labels ({', '.join(labels)}; or 0 to {len(labels) - 1})"
+        f"{nearest(name, labels)}; mend the row, or add the label to task.labels"
+    )
+
+
+def _check_may_cut(number: int, length: int, bound: int, truncation: str) -> None:
+    if truncation == "refuse":
+        raise DataError(
+            f"row {number}: {length} tokens are more than data.max_length={bound}; shorten the row, "
+            "raise data.max_length up to the model's context, or set data.truncation=truncate"
+        )
+
+
+def _nothing_left(rows: int, truncated: int, bound: int | None) -> str:
+    cut = f"; {truncated} were cut to data.max_length={bound}: raise it" if truncated else ""
+    return (
+        f"none of {_count(rows, 'row')} has anything to learn: texts or completions are empty{cut}; check data.columns"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,28 @@
+"""Embedded assets: a small pretrained base model and the SYNTHETIC records of four fictional clinics."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+PREFIX = "embedded:"
+EMBEDDED: Mapping[str, str] = MappingProxyType(
+    {
+        "clinic-base": "base",
+        "clinics": "clinics.jsonl",
+        "clinics-secrets": "clinics_secrets.jsonl",
+    }
+)
+
+
+def resolve(path: str) -> str:
+    """Return the absolute path behind an ``embedded:`` name, or any other string unchanged.
+
+    Raises ValueError, with the known names, when the ``embedded:`` name is unknown.
+    """
+    if not path.startswith(PREFIX):
+        return path
+    name = path.removeprefix(PREFIX)
+    if name not in EMBEDDED:
+        known = ", ".join(f"{PREFIX}{each}" for each in EMBEDDED)
+        raise ValueError(f"unknown embedded name {path!r}; known names: {known}")
+    return str(Path(__file__).resolve().parent / EMBEDDED[name])

@@ -1,0 +1,108 @@
+"""Local training: a fixed number of optimizer steps on gradients that somebody else makes (and may make private)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from conf.schema.federation import AdamW, LocalTraining, Optimizer
+from finetuning.adapters import AdaptedModel
+from finetuning.batches import Example, collate, micro_batches
+from finetuning.tasks.base import TaskObjective
+
+__all__ = ["Gradients", "TrainingDiagnostics", "build_optimizer", "train_locally"]
+
+
+class Gradients(Protocol):
+    """The part of a gradient rule that the loop uses; `privacy.gradients.GradientRule` is the real thing."""
+
+    max_micro_batch: int | None
+
+    def draw(self, num_records: int) -> list[int]:
+        """Return the positions of this step's records."""
+        ...
+
+    def accumulate(self, losses: torch.Tensor) -> None:
+        """Take one micro-batch's losses through the backward pass."""
+        ...
+
+    def finish(self) -> None:
+        """Leave the step's gradient in `.grad`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingDiagnostics:
+    """What happened in one round of training. All of it is private to the site."""
+
+    steps: int
+    examples: int
+    mean_loss: float
+    seconds: float
+
+
+def train_locally(
+    adapted: AdaptedModel,
+    trained: Mapping[str, nn.Parameter],
+    examples: Sequence[Example],
+    objective: TaskObjective,
+    gradients: Gradients,
+    local: LocalTraining,
+    *,
+    seed: int,
+    micro_batch_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainingDiagnostics:
+    """Train the adapter in place for `local.steps` steps, and return what happened.
+
+    Args:
+        adapted: the network, holding the adapter to start from.
+        trained: the parameters that may move.
+        examples: the site's records.
+        objective: the loss per example.
+        gradients: draws the records and makes the gradient of each step.
+        local: steps and optimizer.
+        seed: of dropout, the only randomness here.
+        micro_batch_tokens: padded tokens per forward pass; changes memory and speed, not the result.
+        clock: seconds, for the diagnostics.
+    """
+    began = clock()
+    optimizer = build_optimizer(local.optimizer, list(trained.values()))
+    device = adapted.base.device
+    loss_sum, seen = 0.0, 0
+    adapted.network.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(local.steps):
+            drawn = [examples[position] for position in gradients.draw(len(examples))]
+            for group in _groups(drawn, gradients.max_micro_batch, micro_batch_tokens):
+                batch = collate([drawn[position] for position in group], adapted.base.pad_token_id).to(device)
+                losses = objective.losses(adapted.network, batch)
+                gradients.accumulate(losses)
+                loss_sum += float(losses.detach().sum())
+            gradients.finish()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seen += len(drawn)
+    adapted.network.eval()
+    return TrainingDiagnostics(local.steps, seen, loss_sum / max(seen, 1), clock() - began)
+
+
+def build_optimizer(config: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return a fresh optimizer; its state lives for one round, so nothing carries over between sites."""
+    if isinstance(config, AdamW):
+        betas = (config.beta1, config.beta2)
+        return torch.optim.AdamW(parameters, config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _groups(drawn: Sequence[Example], max_examples: int | None, max_tokens: int) -> list[list[int]]:
+    groups = micro_batches([len(example) for example in drawn], max_tokens=max_tokens)
+    if max_examples is None:
+        return groups
+    return [group[i : i + max_examples] for group in groups for i in range(0, len(group), max_examples)]

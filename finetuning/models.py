@@ -1,0 +1,175 @@
+"""The frozen base model: found, checked, loaded once per process, shared by every site that this process simulates."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from conf.schema.model import Model
+from conf.schema.task import Task
+from finetuning.embedded import resolve
+from protocol.errors import ModelError
+
+__all__ = ["FrozenBase", "base_digest", "load_base", "load_tokenizer", "pick_device"]
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WEIGHTS = ("*.safetensors", "*.bin")
+_IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", *_WEIGHTS)
+_DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_HEAD_SEED = 0
+"""Layers that the checkpoint lacks start from this seed, so that they are the same at every site."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenBase:
+    """A loaded base. `network` is shared: nothing but `finetuning.adapters` may attach to it."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    device: torch.device
+    pad_token_id: int
+    context: int | None
+    """The longest sequence the model takes, in tokens, or None where it states none."""
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device that `runtime.device` names; `auto` prefers a GPU.
+
+    Raises:
+        ModelError: for `cuda` where there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ModelError("runtime.device=cuda, but torch sees no CUDA device; use runtime.device=auto or cpu")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def load_base(model: Model, task: Task, device: str = "auto") -> FrozenBase:
+    """Return the base for a task, loaded on the first call and shared after it.
+
+    Raises:
+        ModelError: when it cannot be found or loaded.
+    """
+    return _load(model, task, pick_device(device))
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, with a padding token (the end-of-text token where it has none of its own).
+
+    Raises:
+        ModelError: when it cannot be found or loaded.
+    """
+    return _tokenizer(_folder(model))
+
+
+def base_digest(model: Model) -> str:
+    """Return the SHA-256 (hex) of the files that define the base: configuration, tokenizer and weights.
+
+    Two sites with the same digest train on top of the same function, whatever name their copy has.
+    """
+    return _digest(_folder(model))
+
+
+@lru_cache(maxsize=2)
+def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
+    folder = _folder(model)
+    tokenizer = _tokenizer(folder)
+    network = _network(folder, model, task).to(device)
+    network.requires_grad_(False)
+    network.config.use_cache = False
+    pad = tokenizer.pad_token_id
+    if not isinstance(pad, int):
+        raise ModelError(f"the tokenizer of {model.path} has neither a padding nor an end-of-text token; add one to it")
+    network.config.pad_token_id = pad
+    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network))
+
+
+def _network(folder: Path, model: Model, task: Task) -> PreTrainedModel:
+    options: dict[str, object] = {"dtype": _DTYPES[model.dtype], "trust_remote_code": False}
+    auto = AutoModelForCausalLM
+    if task.kind == "classification":
+        auto = AutoModelForSequenceClassification
+        options["num_labels"] = len(task.labels)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_HEAD_SEED)
+            network, loaded = auto.from_pretrained(folder, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{model.path} cannot be loaded for task={task.kind}: {_first_line(error)}") from error
+    if loaded["missing_keys"]:
+        _log.info("%s lacks %s: initialized from seed %d", model.path, sorted(loaded["missing_keys"]), _HEAD_SEED)
+    return network
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@lru_cache(maxsize=8)
+def _folder(model: Model) -> Path:
+    """Return the local folder behind a path or hub id."""
+    try:
+        local = Path(resolve(model.path))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelError(
+                f"model.path={model.path} is a folder without config.json; give one that save_pretrained wrote"
+            )
+        return local
+    if model.path.startswith((".", "/", "~")) or model.path.count("/") > 1:
+        raise ModelError(f"model.path={model.path} does not exist; give a folder, a hub id, or embedded:clinic-base")
+    try:
+        return Path(snapshot_download(model.path, revision=model.revision, allow_patterns=list(_DOWNLOADED)))
+    except (HfHubHTTPError, RepositoryNotFoundError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"model.path={model.path} is no local folder, and the model hub did not deliver it "
+            f"({_first_line(error)}); download it elsewhere and give its folder"
+        ) from error
+
+
+@lru_cache(maxsize=8)
+def _digest(folder: Path) -> str:
+    state = hashlib.sha256()
+    for path in sorted({path for pattern in _IDENTITY for path in folder.glob(pattern)}):
+        with path.open("rb") as stream:
+            state.update(f"{path.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}|".encode())
+    return state.hexdigest()
+
+
+def _context(network: PreTrainedModel) -> int | None:
+    """Return the longest input in tokens. RoBERTa keeps the first positions for padding."""
+    stated = getattr(network.config, "max_position_embeddings", None) or getattr(network.config, "n_positions", None)
+    if stated is None:
+        return None
+    offset = (
+        network.config.pad_token_id + 1 if network.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    )
+    return int(stated) - offset
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""What each task asks of a network: a loss per example, and its metrics."""

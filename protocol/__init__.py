@@ -1,0 +1,1 @@
+"""What a server and its sites must agree on: tensors, instructions, replies, errors."""

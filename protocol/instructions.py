@@ -1,0 +1,175 @@
+"""What a server asks of a site, and what a site answers.
+
+Headers are JSON, decoded strictly: an unknown key, a wrong type or another schema version is refused. Tensors travel
+beside the header (`protocol/records.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from conf.schema.base import Frozen
+from conf.schema.experiment import Experiment
+from conf.schema.federation import LocalTraining
+from conf.schema.model import LoRA, Model
+from conf.schema.privacy import Privacy
+from conf.schema.strategy import Strategy
+from conf.schema.task import Task
+from protocol.errors import ReplyRejected, SiteRefusal
+from protocol.tensors import NamedTensors
+
+__all__ = [
+    "WIRE_VERSION",
+    "ClientPlan",
+    "Instruction",
+    "InstructionHeader",
+    "PrivacyStatement",
+    "Reply",
+    "ReplyHeader",
+    "SiteCard",
+    "client_plan",
+    "decode_instruction",
+    "decode_reply",
+]
+
+WIRE_VERSION = 1
+"""Raised when a message of an older version can no longer be read; both ends compare it first."""
+
+
+class ClientPlan(Frozen):
+    """The client half of an experiment: no paths, no population, no server seed."""
+
+    wire_version: Literal[1] = WIRE_VERSION
+    run: str = Field(min_length=1, max_length=128)
+    rounds: int = Field(ge=1)
+    adapter_seed: int = Field(ge=0, description="of the initial adapter; public, and the same at every site")
+    strategy: Strategy
+    privacy: Privacy
+    model: Model
+    peft: LoRA
+    task: Task
+    local: LocalTraining
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def client_plan(experiment: Experiment, run: str) -> ClientPlan:
+    """Return what sites need to know of an experiment."""
+    return ClientPlan(
+        run=run,
+        rounds=experiment.federation.rounds,
+        adapter_seed=experiment.seed,
+        strategy=experiment.strategy,
+        privacy=experiment.privacy,
+        model=experiment.model,
+        peft=experiment.peft,
+        task=experiment.task,
+        local=experiment.federation.local,
+    )
+
+
+class InstructionHeader(Frozen):
+    """One round's work. The digests are compared by the site before anything is spent."""
+
+    round: int = Field(ge=1)
+    plan: ClientPlan
+    plan_digest: str
+    base_digest: str
+    adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A header, and the adapter tensors that a site cannot derive itself."""
+
+    header: InstructionHeader
+    tensors: NamedTensors
+
+
+class PrivacyStatement(Frozen):
+    """What a site's protection costs so far. Every number follows from public constants, none from the records."""
+
+    unit: str
+    relation: str
+    epsilon_run: float = Field(ge=0, default=0, description="of this run, all executed rounds")
+    epsilon_total: float = Field(default=0, ge=0, description="of everything the ledger holds")
+    epsilon_budget: float | None = Field(default=None, ge=0)
+    delta: float | None = None
+    accountant: str = "none"
+    noise_multiplier: float = Field(default=0, ge=0)
+    clip_norm: float | None = None
+    sampling_rate: float = Field(ge=0, le=1)
+    steps_executed: int = Field(ge=0)
+    insecure_seed: bool = False
+
+
+class ReplyHeader(Frozen):
+    """A site's answer: trained, or refused with a reason code. Metrics are those the site's policy releases."""
+
+    status: Literal["trained", "refused"]
+    site: str
+    round: int
+    plan_digest: str
+    base_digest: str = ""
+    adapter_digest: str = Field(default="", description="of the adapter that the update starts from")
+    privacy: PrivacyStatement | None = None
+    metrics: dict[str, float] = Field(default_factory=dict)
+    code: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A header, and the update: trained minus received, for the tensors that the strategy trains."""
+
+    header: ReplyHeader
+    tensors: NamedTensors = field(default_factory=dict)
+
+
+class SiteCard(Frozen):
+    """What a site says of itself before a run. All of it is public."""
+
+    wire_version: Literal[1] = WIRE_VERSION
+    cloister_version: str
+    site: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    published_records: int = Field(ge=1)
+
+
+def decode_instruction(header: str, tensors: NamedTensors) -> Instruction:
+    """Return the instruction that a message holds.
+
+    Raises:
+        SiteRefusal: code `malformed_instruction` when it does not decode, `plan_digest` when the plan was altered.
+    """
+    try:
+        decoded = InstructionHeader.model_validate_json(header)
+    except ValidationError as error:
+        raise SiteRefusal("malformed_instruction", f"the instruction cannot be read: {_first(error)}") from error
+    if decoded.plan.digest != decoded.plan_digest:
+        raise SiteRefusal("plan_digest", "the plan does not match its digest; server and site differ in version")
+    return Instruction(decoded, tensors)
+
+
+def decode_reply(header: str, tensors: NamedTensors) -> Reply:
+    """Return the reply that a message holds.
+
+    Raises:
+        ReplyRejected: code `malformed_reply` when it does not decode.
+    """
+    try:
+        return Reply(ReplyHeader.model_validate_json(header), tensors)
+    except ValidationError as error:
+        raise ReplyRejected("malformed_reply", f"the reply cannot be read: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'document'}: {problem['msg']}"

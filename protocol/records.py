@@ -1,0 +1,129 @@
+"""Instructions and replies as Flower records. The only file of `protocol` that knows Flower.
+
+Tensors travel as named arrays of an `ArrayRecord` (numpy's own format, never pickled); the header travels as one JSON
+string. An array's declared shape, its npy header and its length must agree *before* anything is allocated: a forged
+header could otherwise claim terabytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ValidationError
+
+from protocol.errors import ReplyRejected, SiteRefusal
+from protocol.instructions import Instruction, Reply, SiteCard, decode_instruction, decode_reply
+from protocol.tensors import NamedTensors
+
+__all__ = [
+    "card_to_record",
+    "instruction_to_record",
+    "payload_bytes",
+    "record_to_card",
+    "record_to_instruction",
+    "record_to_reply",
+    "reply_to_record",
+]
+
+_HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
+_NPY = "numpy.ndarray"
+
+
+def instruction_to_record(instruction: Instruction) -> RecordDict:
+    """Return the record that carries an instruction."""
+    return _record(instruction.header.model_dump_json(), instruction.tensors)
+
+
+def record_to_instruction(record: RecordDict) -> Instruction:
+    """Return the instruction a record carries.
+
+    Raises:
+        SiteRefusal: code `malformed_instruction` or `plan_digest`.
+    """
+    try:
+        return decode_instruction(_header(record), _tensors(record))
+    except ReplyRejected as error:
+        raise SiteRefusal("malformed_instruction", str(error)) from error
+
+
+def reply_to_record(reply: Reply) -> RecordDict:
+    """Return the record that carries a reply."""
+    return _record(reply.header.model_dump_json(), reply.tensors)
+
+
+def record_to_reply(record: RecordDict) -> Reply:
+    """Return the reply a record carries.
+
+    Raises:
+        ReplyRejected: code `malformed_reply`.
+    """
+    return decode_reply(_header(record), _tensors(record))
+
+
+def card_to_record(card: SiteCard) -> RecordDict:
+    """Return the record that carries a site's card."""
+    return _record(card.model_dump_json(), {})
+
+
+def record_to_card(record: RecordDict) -> SiteCard:
+    """Return the card a record carries.
+
+    Raises:
+        ReplyRejected: code `malformed_card`.
+    """
+    try:
+        return SiteCard.model_validate_json(_header(record))
+    except ValidationError as error:
+        raise ReplyRejected("malformed_card", f"a site's card cannot be read: {error.errors()[0]['msg']}") from error
+
+
+def payload_bytes(record: RecordDict) -> int:
+    """Return the bytes a record puts on the wire: array payloads and the JSON header."""
+    arrays = sum(len(array.data) for array_record in record.array_records.values() for array in array_record.values())
+    return arrays + len(_header(record).encode())
+
+
+def _record(header: str, tensors: NamedTensors) -> RecordDict:
+    arrays = OrderedDict((name, Array(tensor.detach().cpu().numpy())) for name, tensor in tensors.items())
+    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: ArrayRecord(arrays)})
+
+
+def _header(record: RecordDict) -> str:
+    header = record.config_records.get(_HEADER, {}).get(_JSON)
+    if not isinstance(header, str):
+        raise ReplyRejected("malformed_reply", "the message has no JSON header")
+    return header
+
+
+def _tensors(record: RecordDict) -> dict[str, torch.Tensor]:
+    arrays = record.array_records.get(_TENSORS)
+    if arrays is None:
+        raise ReplyRejected("malformed_reply", "the message has no tensors record")
+    return {name: torch.from_numpy(_decoded(name, array)) for name, array in arrays.items()}
+
+
+def _decoded(name: str, array: Array) -> np.ndarray:
+    """Return the array, after checking that stype, declared shape, npy header and payload length agree."""
+    if array.stype != _NPY:
+        raise ReplyRejected("malformed_reply", f"{name} is serialized as {array.stype!r}, expected {_NPY!r}")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, _, dtype = read_header(stream)
+    except (ValueError, KeyError) as error:
+        raise ReplyRejected("malformed_reply", f"{name} is not a numpy array") from error
+    if dtype.hasobject or dtype.kind not in "fiu":
+        raise ReplyRejected("malformed_reply", f"{name} has dtype {dtype}, which is no number")
+    length = len(array.data) - stream.tell()
+    if tuple(array.shape) != shape or str(dtype) != array.dtype or length != math.prod(shape) * dtype.itemsize:
+        raise ReplyRejected("malformed_reply", f"{name} declares {array.shape} {array.dtype}; its payload disagrees")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)

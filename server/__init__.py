@@ -1,0 +1,1 @@
+"""The server of a federation: it sees updates and public statements, never records."""

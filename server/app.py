@@ -1,0 +1,94 @@
+"""The Flower ServerApp: composes the experiment, runs its rounds, and leaves a run directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from conf.schema.experiment import Experiment
+from finetuning.datasets import Row
+from finetuning.models import base_digest
+from server.evaluation import build_evaluator
+from server.events import Event, Observer, RoundFinished, SiteReplied
+from server.rounds import Outcome, run_federation
+from server.run_directory import RunDirectory
+
+__all__ = ["Launch", "app", "launch_from_context", "new_run_path", "serve", "server_app"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a ServerApp is started with."""
+
+    experiment: Experiment
+    path: Path
+    observers: Sequence[Observer] = ()
+    heldout: Sequence[Row] | None = None
+
+
+def serve(grid: Grid, launch: Launch) -> Outcome:
+    """Run an experiment on whatever runtime `grid` leads to."""
+    experiment = launch.experiment
+    directory = RunDirectory(launch.path, experiment, base_digest(experiment.model))
+
+    def observe(event: Event) -> None:
+        directory.observe(event)
+        for observer in launch.observers:
+            observer(event)
+
+    with directory.recording():
+        evaluator = build_evaluator(experiment, launch.heldout)
+        return run_federation(grid, experiment, evaluator, directory, observe)
+
+
+def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
+    """Return the ServerApp that runs what `find_launch` finds."""
+    flower_app = ServerApp()
+
+    @flower_app.main()
+    def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
+        serve(grid, find_launch(context))
+
+    return flower_app
+
+
+def launch_from_context(context: Context) -> Launch:
+    """Return the launch that Flower's run config describes: `experiment` (JSON), or `overrides` as on the command line.
+
+    Raises:
+        InvalidConfiguration: naming every problem.
+    """
+    from conf.compose import compose_experiment, parse_experiment
+
+    stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
+    experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
+    home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
+    path = new_run_path(experiment, home / "runs", datetime.now(UTC))
+    _log.info("run directory: %s", path)
+    return Launch(experiment, path, observers=(_log_event,))
+
+
+def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:
+    """Return the run directory of an experiment that starts now."""
+    given = experiment.logging.directory
+    return Path(given) if given else parent / f"{now:%Y%m%d-%H%M%S}-{experiment.name}-{experiment.digest[:6]}"
+
+
+def _log_event(event: Event) -> None:
+    if isinstance(event, SiteReplied) and not event.accepted:
+        _log.warning("round %d: %s not used: %s, %s", event.round, event.site, event.code, event.reason)
+    elif isinstance(event, RoundFinished):
+        _log.info("round %d: %d replies, %d not used", event.round, event.accepted, event.rejected)
+
+
+app = server_app(launch_from_context)

@@ -1,0 +1,139 @@
+"""Sending instructions and taking replies in one at a time: each is verified before it may be aggregated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from protocol.errors import ReplyRejected
+from protocol.instructions import Instruction, Reply
+from protocol.records import instruction_to_record, payload_bytes, record_to_reply
+from protocol.tensors import Layout, NamedTensors, verify
+from server.cohort import Member
+from server.events import SiteReplied
+
+__all__ = ["Collected", "collect"]
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Collected:
+    """How many replies were used, and how the wait was spent."""
+
+    accepted: int
+    rejected: int
+    waiting_s: float
+    aggregating_s: float
+
+
+def collect(
+    grid: Grid,
+    instruction: Instruction,
+    cohort: tuple[Member, ...],
+    accept: Callable[[str, NamedTensors], None],
+    observe: Callable[[SiteReplied], None],
+    *,
+    expected: Layout,
+    timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Collected:
+    """Send `instruction` to the cohort and hand each verified update to `accept`, as it arrives.
+
+    A reply that does not verify, a refusal, an error and a missing reply are each observed with a reason, and the
+    round goes on without them. Updates are folded one at a time: memory does not grow with the cohort.
+
+    Args:
+        grid: Flower's link to the nodes.
+        instruction: the round's work.
+        cohort: whom to ask.
+        accept: takes a site's name and its verified update.
+        observe: takes what became of each site's reply.
+        expected: names, shapes and dtypes of a valid update.
+        timeout_s: how long to wait for all replies together.
+        clock: seconds.
+        sleep: waits that many seconds.
+    """
+    record = instruction_to_record(instruction)
+    bytes_down = payload_bytes(record)
+    sites = {member.node_id: member.site for member in cohort}
+    messages = [Message(record, member.node_id, MessageType.TRAIN) for member in cohort]
+    identifiers = list(grid.push_messages(messages))
+    waiting: dict[str, str] = {
+        identifier: sites[message.metadata.dst_node_id]
+        for identifier, message in zip(identifiers, messages, strict=True)
+    }
+    counts = {True: 0, False: 0}
+    aggregating, began = 0.0, clock()
+    while waiting and clock() - began < timeout_s:
+        arrived = _pull_one(grid, waiting)
+        if arrived is None:
+            sleep(_POLL_S)
+            continue
+        identifier, message = arrived
+        outcome, update = _judged(message, waiting.pop(identifier), instruction, expected, bytes_down)
+        if update is not None:
+            folding = clock()
+            accept(outcome.site, update)
+            aggregating += clock() - folding
+        counts[outcome.accepted] += 1
+        observe(outcome)
+    for site in waiting.values():
+        counts[False] += 1
+        observe(_unused(instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
+    return Collected(counts[True], counts[False], clock() - began - aggregating, aggregating)
+
+
+def _pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | None:
+    """Return one reply that has arrived, with the identifier of the message it answers.
+
+    A node that died is reported under the SuperLink's own node id, so replies are matched by message, not by sender.
+    """
+    for identifier in waiting:
+        for message in grid.pull_messages([identifier]):
+            return identifier, message
+    return None
+
+
+def _judged(
+    message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
+) -> tuple[SiteReplied, NamedTensors | None]:
+    """Return what became of a reply, and its update when it may be aggregated."""
+    if message.has_error():
+        reason = f"Flower error {message.error.code}"
+        return _unused(instruction, site, bytes_down, 0, "flower_error", reason), None
+    bytes_up = 0
+    try:
+        bytes_up = payload_bytes(message.content)
+        reply = record_to_reply(message.content)
+        _verify(reply, site, instruction, expected)
+    except ReplyRejected as problem:
+        return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem)), None
+    header = reply.header
+    round_number = instruction.header.round
+    return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply.tensors
+
+
+def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout) -> None:
+    header, asked = reply.header, instruction.header
+    if header.status == "refused":
+        raise ReplyRejected(header.code or "refused", header.reason or "the site gave no reason")
+    for name, given, wanted in (
+        ("site", header.site, site),
+        ("round", header.round, asked.round),
+        ("plan_digest", header.plan_digest, asked.plan_digest),
+        ("base_digest", header.base_digest, asked.base_digest),
+        ("adapter_digest", header.adapter_digest, asked.adapter_digest),
+    ):
+        if given != wanted:
+            raise ReplyRejected(f"wrong_{name}", f"the reply answers {name}={given!r}, asked was {wanted!r}")
+    verify(reply.tensors, expected)
+
+
+def _unused(instruction: Instruction, site: str, down: int, up: int, code: str, reason: str) -> SiteReplied:
+    return SiteReplied(instruction.header.round, site, False, down, up, code=code, reason=reason)

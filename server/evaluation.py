@@ -1,0 +1,113 @@
+"""What the server measures: held-out records that it may see, in groups (one per site in a simulation)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+from conf.schema.experiment import Experiment
+from finetuning.adapters import AdaptedModel, attach
+from finetuning.batches import Example, tokenize_rows
+from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.evaluation import evaluate_groups
+from finetuning.models import load_base
+from finetuning.tasks.base import TaskObjective
+from finetuning.tasks.build import build_objective
+from protocol.tensors import NamedTensors
+from server.events import Evaluated
+
+__all__ = ["Evaluator", "build_evaluator"]
+
+
+class Evaluator:
+    """The server's own copy of the base, and its held-out examples."""
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        groups: Mapping[str, Sequence[Example]],
+        objective: TaskObjective,
+        micro_batch_tokens: int,
+    ) -> None:
+        self._adapted = adapted
+        self._groups = groups
+        self._objective = objective
+        self._micro_batch_tokens = micro_batch_tokens
+
+    @property
+    def base_digest(self) -> str:
+        """The digest of the server's base."""
+        return self._adapted.base.digest
+
+    @property
+    def adapted(self) -> AdaptedModel:
+        """The network with its adapter attached."""
+        return self._adapted
+
+    def initial_adapter(self, seed: int) -> NamedTensors:
+        """Return the adapter that training starts from."""
+        return self._adapted.initial(seed)
+
+    def evaluate(self, adapter: NamedTensors, round_number: int) -> Evaluated | None:
+        """Return the quality of an adapter; None without held-out examples."""
+        if not self._groups:
+            return None
+        self._adapted.load(adapter)
+        total, parts = evaluate_groups(
+            self._adapted, self._groups, self._objective, micro_batch_tokens=self._micro_batch_tokens
+        )
+        return Evaluated(
+            round_number,
+            self._objective.metric,
+            self._objective.headline(total),
+            total.loss,
+            total.units,
+            {name: self._objective.headline(part) for name, part in parts.items()},
+        )
+
+
+def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None) -> Evaluator:
+    """Return the evaluator of an experiment.
+
+    Args:
+        experiment: whose model, adapter, task and held-out data to use.
+        heldout: held-out rows; None reads them from `data.source`, which the server can only do in a simulation or
+            where that source is public.
+    """
+    base = load_base(experiment.model, experiment.task, experiment.runtime.device)
+    adapted = attach(base, experiment.peft, experiment.task)
+    rows: Sequence[Row] = []
+    if experiment.evaluation.every > 0:
+        rows = (
+            split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)[1]
+            if heldout is None
+            else heldout
+        )
+    groups = {name: _examples(experiment, adapted, part) for name, part in _grouped(experiment, rows).items()}
+    return Evaluator(adapted, groups, build_objective(experiment.task), experiment.runtime.micro_batch_tokens)
+
+
+def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows by site where the data has a natural key, else all as one group."""
+    most = experiment.evaluation.max_examples
+    if most is not None and len(rows) > most:
+        rows = random.Random(experiment.seed).sample(list(rows), most)
+    partition = experiment.data.partition
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        name = str(row.get(partition.key, "all")) if partition.kind == "natural_key" else "all"
+        if partition.kind != "natural_key" or partition.sites is None or name in partition.sites:
+            groups.setdefault(name, []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]) -> Sequence[Example]:
+    return tokenize_rows(
+        rows,
+        experiment.data.columns,
+        adapted.base.tokenizer,
+        max_length=experiment.data.max_length or adapted.base.context,
+        train_on=experiment.data.train_on,
+        truncation=experiment.data.truncation,
+        labels=experiment.task.labels,
+    ).examples

@@ -1,0 +1,98 @@
+"""What happens during a run, as values: the live display, the log file and the report all read these and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from protocol.instructions import PrivacyStatement
+
+__all__ = [
+    "Evaluated",
+    "Event",
+    "Observer",
+    "RoundFinished",
+    "RoundStarted",
+    "RunFinished",
+    "RunStarted",
+    "SiteReplied",
+]
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """Sites are connected and the initial adapter is ready."""
+
+    run: str
+    rounds: int
+    sites: tuple[str, ...]
+    trained_values: int
+    kind: Literal["run_started"] = "run_started"
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """The cohort is drawn; instructions are about to be sent."""
+
+    round: int
+    cohort: tuple[str, ...]
+    kind: Literal["round_started"] = "round_started"
+
+
+@dataclass(frozen=True)
+class SiteReplied:
+    """A reply arrived, or failed to. `code` and `reason` are set when it was not used."""
+
+    round: int
+    site: str
+    accepted: bool
+    bytes_down: int
+    bytes_up: int
+    privacy: PrivacyStatement | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    code: str = ""
+    reason: str = ""
+    kind: Literal["site_replied"] = "site_replied"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The adapter was measured on held-out records; round 0 is the base itself."""
+
+    round: int
+    metric: str
+    value: float
+    loss: float
+    units: int
+    groups: dict[str, float]
+    kind: Literal["evaluated"] = "evaluated"
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """A round's adapter is final. Seconds are wall time at the server."""
+
+    round: int
+    accepted: int
+    rejected: int
+    update_norm: float
+    train_s: float
+    aggregate_s: float
+    evaluate_s: float
+    other_s: float
+    kind: Literal["round_finished"] = "round_finished"
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """The last adapter is stored."""
+
+    run: str
+    seconds: float
+    adapter_digest: str
+    kind: Literal["run_finished"] = "run_finished"
+
+
+Event = RunStarted | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished
+Observer = Callable[[Event], None]

@@ -1,0 +1,130 @@
+"""Everything a run leaves behind, in one folder.
+
+::
+
+    config.json      the validated experiment; `cloister simulate --from RUN` repeats it
+    metrics.jsonl    one event a line, written as it happens
+    summary.json     what the run did (server/summary.py)
+    adapter/         the final adapter in PEFT format
+    checkpoints/     the newest adapters, by round
+    report.html      the same for people (server/report.py)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from conf.schema.experiment import Experiment
+from finetuning.adapters import AdaptedModel
+from finetuning.checkpoints import save_tensors, write_atomically
+from finetuning.export import export_adapter
+from protocol.errors import ConfigError
+from protocol.tensors import NamedTensors
+from server.events import Event, RoundFinished
+from server.report import write_report
+from server.summary import summarize
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """The folder of one run. `observe` is an `Observer`."""
+
+    def __init__(self, path: Path, experiment: Experiment, base_digest: str) -> None:
+        """Create the folder and store the configuration.
+
+        Raises:
+            ConfigError: the folder exists and is not empty.
+        """
+        refuse_existing(path)
+        self.path = path
+        self.run = path.name
+        self._experiment = experiment
+        self._base_digest = base_digest
+        self._events: list[Event] = []
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.json", experiment.canonical_json().encode())
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """Everything observed so far."""
+        return tuple(self._events)
+
+    def observe(self, event: Event) -> None:
+        """Append an event to `metrics.jsonl`."""
+        self._events.append(event)
+        with (self.path / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(asdict(event), default=_plain, sort_keys=True) + "\n")
+
+    def save_checkpoint(self, round_number: int, adapter: NamedTensors) -> None:
+        """Store a round's adapter, and drop the oldest beyond `logging.keep_checkpoints`."""
+        folder = self.path / "checkpoints"
+        metadata = {"round": str(round_number), "run": self.run, "config_digest": self._experiment.digest}
+        save_tensors(folder / f"round-{round_number:05d}.safetensors", adapter, metadata)
+        for old in sorted(folder.glob("round-*.safetensors"))[: -self._experiment.logging.keep_checkpoints]:
+            old.unlink()
+
+    def save_adapter(self, adapted: AdaptedModel, adapter: NamedTensors) -> None:
+        """Store the final adapter in PEFT format."""
+        export_adapter(self.path / "adapter", adapted, adapter, base=self._base_name(adapted), card=self._card())
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write `summary.json` and `report.html` when the block ends, also when it fails."""
+        try:
+            yield
+        except BaseException as error:
+            self._write_summary("failed", f"{type(error).__name__}: {error}")
+            raise
+        self._write_summary("finished", "")
+
+    def summary(self, status: str = "finished", error: str = "") -> dict[str, Any]:
+        """Return the summary of what was observed so far."""
+        return summarize(self._experiment, self._events, base_digest=self._base_digest, status=status, error=error)
+
+    def _write_summary(self, status: str, error: str) -> None:
+        summary = self.summary(status, error)
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+        if any(isinstance(event, RoundFinished) for event in self._events):
+            write_report(self.path / "report.html", summary, self._experiment)
+
+    def _base_name(self, adapted: AdaptedModel) -> str:
+        path = self._experiment.model.path
+        return str(adapted.base.network.config.name_or_path) if path.startswith("embedded:") else path
+
+    def _card(self) -> str:
+        privacy = self.summary()["privacy"]
+        promise = (
+            "**Not private**: nothing protects the records it was trained on."
+            if privacy["epsilon"] is None
+            else f"ε = {privacy['epsilon']:.3f}, δ = {privacy['delta']:.2g} ({privacy['relation']}; the largest of all "
+            f"sites; {privacy['accountant']})."
+        )
+        return (
+            "---\nlibrary_name: peft\n"
+            f"base_model: {self._experiment.model.path}\n---\n\n# {self._experiment.name}\n\n"
+            f"A LoRA adapter made by Cloister, strategy `{self._experiment.strategy.kind}`, run `{self.run}`.\n\n{promise}\n"
+        )
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise when a run would overwrite another one.
+
+    Raises:
+        ConfigError: the folder exists and is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(
+            f"run directory {path} already exists and is not empty; give another logging.directory, or move it away"
+        )
+
+
+def _plain(value: object) -> object:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)

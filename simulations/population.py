@@ -1,0 +1,144 @@
+"""Simulated sites: real `client.site.Site` objects over the parts of one data set."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from client.site import Site
+from conf.compose import compose_experiment, parse_experiment
+from conf.schema.experiment import Experiment
+from conf.schema.privacy import ExampleLevel
+from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
+from finetuning.datasets import Row, read_rows, split_rows
+from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.plan import default_delta
+from protocol.errors import ConfigError
+from simulations.partition import partition
+
+__all__ = ["Population", "build_population", "nth_site", "published_count", "simulated_site", "site_file"]
+
+
+@dataclass(frozen=True)
+class Population:
+    """The training records of each simulated site, and the held-out records that the server may see."""
+
+    parts: Mapping[str, Sequence[Row]]
+    heldout: Sequence[Row]
+
+    def sites(self, experiment: Experiment, state: Path) -> dict[str, Site]:
+        """Return a site per part, in the order of their names, each with its own state directory under `state`."""
+        return {
+            name: Site(site_file(experiment, name, len(rows), state / name), rows=_given(rows))
+            for name, rows in self.parts.items()
+        }
+
+
+def build_population(experiment: Experiment) -> Population:
+    """Return the sites' records and the held-out ones, as the experiment's data group describes them.
+
+    Raises:
+        DataError: naming the file, row, column or site that is wrong.
+    """
+    rows, heldout = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
+    return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
+
+
+def published_count(records: int) -> int:
+    """Return a record count rounded to two digits: what a simulated site says in public."""
+    digits = max(len(str(records)) - 2, 0)
+    return max(round(records, -digits), 1)
+
+
+def site_file(experiment: Experiment, name: str, records: int, state: Path) -> SiteFile:
+    """Return the site file of a simulated site. Its policy agrees to whatever the simulation's owner configured."""
+    published = published_count(records)
+    privacy = experiment.privacy
+    return SiteFile(
+        name=name,
+        published_records=published,
+        data=experiment.data,
+        budget=None if privacy.kind == "none" else _budget(experiment, privacy, published),
+        policy=SitePolicy(
+            allow_no_privacy=True,
+            allow_insecure_seed=True,
+            release_training_loss=experiment.federation.release_training_loss,
+        ),
+        runtime=SiteRuntime(
+            device=experiment.runtime.device,
+            threads=experiment.runtime.threads,
+            micro_batch_tokens=experiment.runtime.micro_batch_tokens,
+        ),
+        state_directory=str(state),
+    )
+
+
+def _budget(experiment: Experiment, privacy: ExampleLevel, published: int) -> SiteBudget:
+    federation = experiment.federation
+    delta = privacy.delta if privacy.delta is not None else default_delta(published)
+    if federation.site_epsilon is not None:
+        return SiteBudget(epsilon=federation.site_epsilon, delta=delta)
+    if privacy.target_epsilon is not None:
+        return SiteBudget(epsilon=privacy.target_epsilon, delta=delta)
+    rate = min(federation.local.expected_batch_size / published, 1.0)
+    whole_run = SubsampledGaussian(rate, privacy.noise_multiplier or 0.0, federation.rounds * federation.local.steps)
+    return SiteBudget(epsilon=epsilon_of([whole_run], delta), delta=delta)
+
+
+def simulated_site(context: Context) -> Site:
+    """Return the simulated site of a node of Flower's simulation engine.
+
+    Raises:
+        ConfigError: outside of that engine. A real node has its own site file; a server must never be able to name a
+            data set on it through the run's configuration.
+    """
+    if not _inside_flower_simulation():
+        raise ConfigError(
+            "this node has no site file; start the SuperNode with --node-config 'site=\"/path/to/site.yaml\"'"
+        )
+    stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
+    experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
+    return nth_site(experiment, int(context.node_config["partition-id"]), _scratch(context.run_id))
+
+
+def nth_site(experiment: Experiment, position: int, state: Path) -> Site:
+    """Return the site at a position in the order of names; the population is read once per process.
+
+    Raises:
+        ConfigError: there are fewer sites than that.
+    """
+    sites = _sites(experiment, state)
+    if position >= len(sites):
+        raise ConfigError(
+            f"Flower simulates node {position + 1}, the experiment has {len(sites)} sites; start it with "
+            f'--federation-config "num-supernodes={len(sites)}"'
+        )
+    return sites[position]
+
+
+@lru_cache(maxsize=2)
+def _sites(experiment: Experiment, state: Path) -> tuple[Site, ...]:
+    return tuple(build_population(experiment).sites(experiment, state).values())
+
+
+@lru_cache(maxsize=2)
+def _scratch(run_id: int) -> Path:
+    """Return the state directory of a run on Flower's engine, shared by the engine's processes on this machine."""
+    home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
+    return home / "simulated_sites" / str(run_id)
+
+
+def _inside_flower_simulation() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _given(rows: Sequence[Row]) -> Callable[[], Sequence[Row]]:
+    return lambda: rows

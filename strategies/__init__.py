@@ -1,0 +1,1 @@
+"""Aggregation strategies: one algorithm per file, client half and server half together under its paper."""

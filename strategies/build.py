@@ -1,0 +1,22 @@
+"""From a strategy's configuration to its algorithm: the one place that knows the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conf.schema import strategy as schema
+from strategies.base import Strategy
+from strategies.lora.fedit import FedIT
+from strategies.lora.ffa_lora import FFALoRA
+
+__all__ = ["STRATEGIES", "build_strategy"]
+
+STRATEGIES: dict[type[schema.FedIT | schema.FFALoRA], Callable[[], Strategy]] = {
+    schema.FedIT: FedIT,
+    schema.FFALoRA: FFALoRA,
+}
+
+
+def build_strategy(config: schema.Strategy) -> Strategy:
+    """Return the algorithm that a validated configuration names."""
+    return STRATEGIES[type(config)]()

@@ -1,0 +1,1 @@
+"""Strategies that know the two factors of LoRA."""

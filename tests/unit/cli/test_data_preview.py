@@ -1,0 +1,142 @@
+"""`cloister data preview`: rendering from plain data, and the command on the embedded clinics."""
+
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from rich.console import Console, RenderableType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from cli.data import app, length_histogram, percentile, rendered_example, rendered_holdings, rendered_legend
+from conf.schema.data import DataConfig
+from protocol.errors import DataError
+
+
+def shown(renderable: RenderableType, *, color: bool = False) -> str:
+    console = Console(file=StringIO(), width=100, force_terminal=color, color_system="standard" if color else None)
+    console.print(renderable)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_learned_text_stands_out_and_read_text_is_dim() -> None:
+    text = shown(rendered_example("example 1", [("prompt ", False), ("answer", True)]), color=True)
+    assert "\x1b[2mprompt \x1b[0m" in text
+    assert "\x1b[1;32m⟦answer⟧\x1b[0m" in text
+    assert "example 1" in text
+    assert "⟦learned⟧ - read, not learned" in shown(rendered_legend())
+
+
+def test_records_can_neither_style_nor_steer_the_terminal() -> None:
+    text = shown(rendered_example("e", [("[red]x[/red] \x1b[31mred\x07\nnext", True)]))
+    assert "[red]x[/red]" in text
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}" in text
+
+
+def test_the_histogram_counts_every_length_once() -> None:
+    text = shown(length_histogram([1, 1, 2, 20], buckets=2))
+    assert "p50 1, p90 20, max 20" in text
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["1-10", "11-20"]
+    assert [line.split()[-1] for line in text.splitlines()[2:]] == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "first"), [([7, 7], ["7", "█" * 40, "2"]), ([3, 4], ["3", "█" * 40, "1"]), ([], [])]
+)
+def test_the_histogram_of_few_lengths(lengths: list[int], first: list[str]) -> None:
+    rows = [line.split() for line in shown(length_histogram(lengths)).splitlines() if "█" in line]
+    assert rows[:1] == ([first] if first else [])
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(0, 1), (50, 2), (75, 3), (90, 10), (100, 10)])
+def test_a_percentile_is_a_value_that_occurs(percent: int, expected: int) -> None:
+    assert percentile([1, 2, 3, 10], percent) == expected
+
+
+def test_the_table_of_holdings_has_totals() -> None:
+    text = shown(rendered_holdings("label", ["north", "south"], ["no", "yes"], [[3, 4], [5, 6]]))
+    assert "records per site and label" in text
+    assert [line.strip("│ ").split("│")[-1].strip() for line in text.splitlines() if "th " in line] == ["7", "11"]
+    assert "total" not in shown(rendered_holdings(None, ["north"], ["records"], [[3]]))
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.fixture
+def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Stand in for configuration and model; return the overrides that each run asked for."""
+    file = tmp_path / "rows.csv"
+    sites = ["north"] * 6 + ["south"] * 4
+    lines = [f"question {number} ,answer{number},{site},no" for number, site in enumerate(sites)]
+    file.write_text("\n".join(["text,completion,site,label", *lines]))
+    columns: dict[str, object] = {"kind": "prompt_completion", "prompt": "text"}
+    asked: list[list[str]] = []
+
+    def compose_experiment(overrides: list[str]) -> SimpleNamespace:
+        asked.append(list(overrides))
+        labelled = "labelled" in overrides
+        tree = {
+            "source": {"path": str(file)},
+            "columns": {"kind": "labelled"} if labelled else columns,
+            "partition": {"kind": "natural_key"},
+        }
+        task = SimpleNamespace(labels=("no", "yes") if labelled else None)
+        return SimpleNamespace(data=DataConfig.model_validate(tree), model=object(), task=task, seed=0)
+
+    compose, loading = ModuleType("conf.compose"), ModuleType("finetuning.models")
+    compose.compose_experiment = compose_experiment  # type: ignore[attr-defined]
+    loading.load_tokenizer = lambda model: byte_tokenizer()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "conf.compose", compose)
+    monkeypatch.setitem(sys.modules, "finetuning.models", loading)
+    return asked
+
+
+def test_preview_shows_examples_report_lengths_and_sites(composed: list[list[str]], tmp_path: Path) -> None:
+    plot = tmp_path / "held.svg"
+    result = CliRunner().invoke(app, ["preview", "seed=0", "--examples", "2", "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    assert composed == [["seed=0"]]
+    assert result.output.count("question") == 2
+    for part in ("example 2: ", "⟦learned⟧ - read, not learned", "2 sites: ", "rows kept", "p90", "north", "south"):
+        assert part in result.output
+    assert plot.stat().st_size > 0
+
+
+def test_preview_of_one_site_and_without_examples(composed: list[list[str]]) -> None:
+    result = CliRunner().invoke(app, ["preview", "--site", "south", "--examples", "0"])
+    assert result.exit_code == 0, result.output
+    assert "site south: " in result.output
+    assert "question" not in result.output
+
+
+def test_preview_of_labelled_data_names_the_label(composed: list[list[str]]) -> None:
+    result = CliRunner().invoke(app, ["preview", "labelled", "--examples", "1"])
+    assert result.exit_code == 0, result.output
+    assert "tokens, label no" in result.output
+    assert "records per site and label" in result.output
+
+
+def test_an_unknown_site_names_the_nearest(composed: list[list[str]]) -> None:
+    result = CliRunner().invoke(app, ["preview", "--site", "sauth"])
+    assert isinstance(result.exception, DataError)
+    assert "no site 'sauth'; did you mean 'south'?; sites: north, south; change --site" in str(result.exception)
+
+
+def test_importing_the_command_imports_no_torch() -> None:
+    code = "import sys, cli.data; print(sorted({'torch', 'transformers', 'datasets', 'hydra'} & set(sys.modules)))"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
