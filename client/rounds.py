@@ -34,7 +34,7 @@ class RoundWork:
     """What a site brings to a round."""
 
     file: SiteFile
-    state: SiteState
+    state: Callable[[], SiteState]
     adapted: Callable[[ClientPlan], AdaptedModel]
     examples: Callable[[ClientPlan, AdaptedModel], Sequence[Example]]
 
@@ -57,13 +57,14 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
     start = _starting_adapter(instruction, adapted, trained_names)
     examples = work.examples(plan, adapted)
     privacy = _privacy_plan(plan, work.file, len(examples))
+    ledger = work.state().ledger
 
-    reservation = _reserve(work.state.ledger, privacy, plan, header.round)
+    reservation = _reserve(ledger, privacy, plan, header.round)
     adapted.load(start)
     diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, privacy)
     update = subtract(adapted.extract(), start, trained_names)
-    if reservation is not None and work.state.ledger is not None:
-        work.state.ledger.commit(reservation)
+    if reservation is not None and ledger is not None:
+        ledger.commit(reservation)
 
     return Reply(
         ReplyHeader(
@@ -73,7 +74,7 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
             plan_digest=header.plan_digest,
             base_digest=adapted.base.digest,
             adapter_digest=header.adapter_digest,
-            privacy=_statement(privacy, work.state.ledger, plan, header.round),
+            privacy=_statement(privacy, ledger, plan, header.round),
             metrics={"training_loss": diagnostics.mean_loss} if work.file.policy.release_training_loss else {},
         ),
         update,
@@ -174,7 +175,7 @@ def _run_steps(
         )
     finally:
         rule.close()
-    work.state.record_diagnostics(header.round, diagnostics, clipped=rule.clipped, non_finite=rule.non_finite)
+    work.state().record_diagnostics(header.round, diagnostics, clipped=rule.clipped, non_finite=rule.non_finite)
     return diagnostics
 
 

@@ -75,7 +75,7 @@ class Site:
             self.state.close()
 
     def _work(self) -> RoundWork:
-        return RoundWork(self.file, self.state, self._adapted, self._examples)
+        return RoundWork(self.file, lambda: self.state, self._adapted, self._examples)
 
     def _training_rows(self) -> Sequence[Row]:
         return split_rows(read_rows(self.file.data.source), self.file.data, seed=0)[0]

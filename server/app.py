@@ -34,6 +34,8 @@ class Launch:
     path: Path
     observers: Sequence[Observer] = ()
     heldout: Sequence[Row] | None = None
+    expected_sites: int | None = None
+    """How many sites must be connected; None takes `federation.expected_sites`."""
 
 
 def serve(grid: Grid, launch: Launch) -> Outcome:
@@ -48,7 +50,8 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
 
     with directory.recording():
         evaluator = build_evaluator(experiment, launch.heldout)
-        return run_federation(grid, experiment, evaluator, directory, observe)
+        expected = launch.expected_sites or experiment.federation.expected_sites
+        return run_federation(grid, experiment, evaluator, directory, observe, expected_sites=expected)
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:

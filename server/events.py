@@ -1,4 +1,4 @@
-"""What happens during a run, as values: the live display, the log file and the report all read these and nothing else."""
+"""What happens during a run, as values: the live display, the log file and the report read nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The federation's rounds, in reading order: cohort, instruct, collect, aggregate, step, evaluate, checkpoint, report."""
+"""The federation's rounds, in reading order: cohort, instruct, collect, step, evaluate, checkpoint, report."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def run_federation(
     directory: RunDirectory,
     observe: Observer,
     *,
+    expected_sites: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -68,7 +69,7 @@ def run_federation(
         evaluator.base_digest,
         strategy,
         strategy.trained(frozenset(adapter)),
-        enroll(grid, federation.expected_sites, federation.reply_timeout_s),
+        enroll(grid, expected_sites, federation.reply_timeout_s),
     )
     values = sum(adapter[name].numel() for name in run.trained)
     observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in run.members), values))

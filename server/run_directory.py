@@ -110,7 +110,8 @@ class RunDirectory:
         return (
             "---\nlibrary_name: peft\n"
             f"base_model: {self._experiment.model.path}\n---\n\n# {self._experiment.name}\n\n"
-            f"A LoRA adapter made by Cloister, strategy `{self._experiment.strategy.kind}`, run `{self.run}`.\n\n{promise}\n"
+            f"A LoRA adapter made by Cloister, strategy `{self._experiment.strategy.kind}`, run `{self.run}`.\n\n"
+            f"{promise}\n"
         )
 
 

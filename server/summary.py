@@ -141,6 +141,7 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
     return {
         "metric": last.metric,
         "base": first.value if first.round == 0 else None,
+        "base_groups": first.groups if first.round == 0 else {},
         "value": last.value,
         "round": last.round,
         "groups": last.groups,

@@ -1,0 +1,107 @@
+"""`cloister simulate`: a federation on one machine, once or as a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from conf.schema.experiment import Experiment
+    from simulations.simulate import Simulated
+
+__all__ = ["simulate_command"]
+
+RUNS = Path("runs")
+
+
+def simulate_command(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as strategy=fedit")] = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", "--multirun", help="Run every combination of comma-separated values.")
+    ] = False,
+    repeat: Annotated[
+        Path | None, typer.Option("--from", help="Repeat the experiment of this run directory.", metavar="RUN")
+    ] = None,
+) -> None:
+    """Simulate a federation on this machine; with no argument, four synthetic clinics train privately at ε = 8."""
+    from rich.console import Console
+
+    from conf.compose import split_sweep
+
+    console = Console(highlight=False)
+    if repeat is not None:
+        _run_once(_stored(repeat, overrides or []), console)
+        return
+    if not multirun:
+        _run_once(_composed(overrides or []), console)
+        return
+    _run_sweep(split_sweep(overrides or []), console)
+
+
+def _run_once(experiment: Experiment, console: Console) -> None:
+    from cli.tables import outcome_table
+
+    run = _run(experiment, console, RUNS)
+    console.print(outcome_table(run.summary))
+    console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)
+
+
+def _run_sweep(jobs: list[tuple[str, ...]], console: Console) -> None:
+    from datetime import datetime
+
+    from cli.tables import sweep_table
+
+    experiments = [_composed(job) for job in jobs]  # every job is valid before the first one starts
+    parent = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-sweep"
+    finished: list[tuple[tuple[str, ...], Simulated]] = []
+    for number, (job, experiment) in enumerate(zip(jobs, experiments, strict=True)):
+        console.rule(f"{number + 1} of {len(jobs)}: {' '.join(job)}")
+        own = experiment.logging.model_copy(update={"directory": str(parent / f"{number:03d}")})
+        finished.append((job, _run(experiment.model_copy(update={"logging": own}), console, parent)))
+    console.print(sweep_table([(job, run.summary) for job, run in finished]))
+    console.print(f"runs     {parent}", soft_wrap=True)
+
+
+def _run(experiment: Experiment, console: Console, parent: Path) -> Simulated:
+    from datetime import datetime
+
+    from cli.progress import progress_for
+    from cli.quiet import quiet_libraries
+    from conf.schema.rules import warnings_for
+    from server.app import new_run_path
+    from server.run_directory import refuse_existing
+
+    path = new_run_path(experiment, parent, datetime.now())
+    refuse_existing(path)
+    for warning in warnings_for(experiment):
+        console.print(f"[yellow]warning[/yellow] {warning}", soft_wrap=True)
+    quiet_libraries()
+    from simulations.simulate import simulate
+
+    with progress_for(experiment, console) as observe:
+        return simulate(experiment, path, (observe,))
+
+
+def _composed(overrides: list[str] | tuple[str, ...]) -> Experiment:
+    from conf.compose import compose_experiment
+
+    return compose_experiment(overrides)
+
+
+def _stored(run: Path, overrides: list[str]) -> Experiment:
+    """Return the experiment of a run directory, to be run into a new one."""
+    from conf.compose import parse_experiment
+    from protocol.errors import ConfigError
+
+    if overrides:
+        raise ConfigError(f"--from repeats a run as it was; leave out the overrides ({' '.join(overrides)})")
+    config = run / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{run} is no run directory: it has no config.json")
+    experiment = parse_experiment(config.read_bytes())
+    logging = experiment.logging.model_copy(update={"directory": None})
+    return experiment.model_copy(update={"logging": logging})

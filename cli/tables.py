@@ -1,0 +1,111 @@
+"""What a run comes to, as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from simulations.studies import Baseline
+
+__all__ = ["baseline_table", "byte_text", "epsilon_text", "outcome_table", "quality_text", "sweep_table"]
+
+
+def outcome_table(summary: dict[str, Any]) -> Table:
+    """Return one line per site and one for the federation: quality before and after, ε, bytes."""
+    final = summary["final"]
+    metric = final["metric"] if final else "quality"
+    table = Table(title=f"{metric} on held-out records", title_justify="left")
+    for heading in ("site", "base", "federated", "ε spent", "of", "δ", "sent", "received"):
+        table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
+    for name, site in summary["sites"].items():
+        quality, privacy = site["quality"] or {}, site["privacy"] or {}
+        table.add_row(
+            name,
+            quality_text(metric, quality.get("first")),
+            quality_text(metric, quality.get("last")),
+            epsilon_text(privacy.get("epsilon_run") if privacy.get("delta") else None),
+            epsilon_text(privacy.get("epsilon_budget")),
+            f"{privacy['delta']:.1e}" if privacy.get("delta") else "–",
+            byte_text(site["bytes"]["up"]),
+            byte_text(site["bytes"]["down"]),
+        )
+    table.add_section()
+    privacy = summary["privacy"]
+    table.add_row(
+        "all",
+        quality_text(metric, final["base"] if final else None),
+        quality_text(metric, final["value"] if final else None),
+        epsilon_text(privacy["epsilon"]),
+        "",
+        f"{privacy['delta']:.1e}" if privacy["delta"] else "–",
+        byte_text(summary["bytes"]["up"]),
+        byte_text(summary["bytes"]["down"]),
+        style="bold",
+    )
+    table.caption = "ε of all is the largest over sites, for a record that lives at one of them"
+    table.caption_justify = "left"
+    return table
+
+
+def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table:
+    """Return one line per job of a sweep."""
+    table = Table(title="sweep", title_justify="left")
+    for heading in ("overrides", "metric", "base", "result", "ε", "sent", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("overrides", "metric") else "right")
+    for job, summary in runs:
+        final = summary["final"] or {"metric": "–", "base": None, "value": None}
+        table.add_row(
+            " ".join(job),
+            final["metric"],
+            quality_text(final["metric"], final["base"]),
+            quality_text(final["metric"], final["value"]),
+            epsilon_text(summary["privacy"]["epsilon"]),
+            byte_text(summary["bytes"]["up"]),
+            f"{summary['seconds']['total']:.1f}",
+        )
+    return table
+
+
+def baseline_table(lines: Sequence[Baseline]) -> Table:
+    """Return the comparison of `cloister study baselines`."""
+    metric = lines[0].metric
+    groups = list(lines[0].groups)
+    table = Table(title=f"{metric} on the same held-out records", title_justify="left")
+    for heading in ("trained on", "all", "ε", *groups):
+        table.add_column(heading, justify="left" if heading == "trained on" else "right")
+    for line in lines:
+        table.add_row(
+            line.label,
+            quality_text(metric, line.value),
+            epsilon_text(line.epsilon),
+            *(quality_text(metric, line.groups.get(group)) for group in groups),
+            style="bold" if line.label.startswith("federated, private") else "",
+        )
+    return table
+
+
+def quality_text(metric: str, value: float | None) -> str:
+    """Return a metric for people: accuracy as percent, perplexity with two decimals."""
+    if value is None:
+        return "–"
+    return f"{value:.1%}" if metric == "accuracy" else f"{value:.2f}"
+
+
+def epsilon_text(value: float | None) -> str:
+    """Return ε for people, rounded up: a rounded promise must not sound better than the kept one."""
+    if value is None:
+        return "–"
+    return f"{math.ceil(value * 100) / 100:.2f}"
+
+
+def byte_text(count: float) -> str:
+    """Return a number of bytes with a decimal unit."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

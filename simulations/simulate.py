@@ -1,0 +1,97 @@
+"""One experiment on one machine: check everything, then run the ServerApp on the chosen runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.app import client_app
+from client.site import Site
+from conf.schema.experiment import Experiment
+from protocol.errors import ConfigError
+from protocol.instructions import client_plan
+from server.app import Launch, serve
+from server.events import Observer
+from server.run_directory import refuse_existing
+from simulations.in_process import InProcessGrid
+from simulations.population import Population, build_population
+
+__all__ = ["Simulated", "simulate"]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulation left behind."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def simulate(
+    experiment: Experiment,
+    path: Path,
+    observers: Sequence[Observer] = (),
+    population: Population | None = None,
+) -> Simulated:
+    """Run an experiment and return its run directory's path and summary.
+
+    Args:
+        experiment: what to run.
+        path: the run directory, which must not exist yet.
+        observers: take the run's events, for a live display.
+        population: the sites' records; None reads them as the experiment describes.
+
+    Raises:
+        CloisterError: naming what is wrong; a problem with a site's data, model or budget shows before any training.
+    """
+    refuse_existing(path)
+    population = population or build_population(experiment)
+    _check_cohort(experiment, len(population.parts))
+    sites = population.sites(experiment, path / "sites")
+    rehearse_all(experiment, path.name, list(sites.values()))
+    launch = Launch(experiment, path, observers, population.heldout, expected_sites=len(sites))
+    if experiment.runtime.kind == "ray":
+        from simulations.ray_engine import run_on_ray
+
+        run_on_ray(launch, population)
+    else:
+        _run_in_process(launch, sites)
+    return Simulated(path, json.loads((path / "summary.json").read_text()))
+
+
+def rehearse_all(experiment: Experiment, run: str, sites: Sequence[Site]) -> None:
+    """Let every site check the plan against its data, model and budget; nothing is spent.
+
+    Raises:
+        CloisterError: of the first site that cannot take part.
+    """
+    plan = client_plan(experiment, run)
+    for site in sites:
+        site.rehearse(plan)
+
+
+def _run_in_process(launch: Launch, sites: dict[str, Site]) -> None:
+    nodes = list(sites.values())
+    grid = InProcessGrid(
+        client_app(lambda context: nodes[int(context.node_config["partition-id"])]),
+        [{"partition-id": position} for position in range(len(nodes))],
+    )
+    try:
+        serve(grid, launch)
+    finally:
+        for site in nodes:
+            site.close()
+
+
+def _check_cohort(experiment: Experiment, population: int) -> None:
+    """A natural key says only now how many sites there are."""
+    federation = experiment.federation
+    for name, wanted in (("cohort_size", federation.cohort_size), ("min_replies", federation.min_replies)):
+        if wanted is not None and wanted > population:
+            raise ConfigError(
+                f"federation.{name}={wanted} is larger than the population of {population} sites; "
+                f"use at most {population}"
+            )
