@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ __all__ = ["PlainLines", "RoundsDisplay", "progress_for"]
 
 
 @contextmanager
-def progress_for(experiment: Experiment, console: Console) -> Iterator[Callable[[Event], None]]:
+def progress_for(experiment: Experiment, console: Console) -> Generator[Callable[[Event], None]]:
     """Show a run's events while the block lasts, the way `logging.progress` asks for."""
     wanted = experiment.logging.progress
     if wanted == "none":

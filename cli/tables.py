@@ -57,7 +57,7 @@ def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table
     for heading in ("overrides", "metric", "base", "result", "ε", "sent", "seconds"):
         table.add_column(heading, justify="left" if heading in ("overrides", "metric") else "right")
     for job, summary in runs:
-        final = summary["final"] or {"metric": "–", "base": None, "value": None}
+        final: dict[str, Any] = summary["final"] or {"metric": "–", "base": None, "value": None}
         table.add_row(
             " ".join(job),
             final["metric"],

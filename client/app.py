@@ -31,11 +31,11 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
 
     @flower_app.query()
     def enroll(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        return Message(card_to_record(find_site(context).card()), reply_to=message)
+        return Message(card_to_record(_found(find_site, context).card()), reply_to=message)
 
     @flower_app.train()
     def train(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        site = find_site(context)
+        site = _found(find_site, context)
         try:
             reply = site.handle(record_to_instruction(message.content))
         except SiteRefusal as refusal:
@@ -66,6 +66,21 @@ def find_site(context: Context) -> Site:
     raise ConfigError(
         "this node has no site file; start the SuperNode with --node-config 'site=\"/path/to/site.yaml\"'"
     )
+
+
+def _found(find_site: Callable[[Context], Site], context: Context) -> Site:
+    """Return the node's site; a problem with its site file is told here, and to the server only that there is one.
+
+    Raises:
+        ConfigError: this node cannot answer. Flower sends the text to the server.
+    """
+    try:
+        return find_site(context)
+    except Exception as error:
+        _log.error("this node has no usable site: %s", error)
+        if "site" not in context.node_config:  # nothing private was read
+            raise
+        raise ConfigError(f"{type(error).__name__} in this node's site file; the node's own log says more") from None
 
 
 @lru_cache(maxsize=1)

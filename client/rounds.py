@@ -99,7 +99,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
         if one_step > budget.epsilon:
             raise BudgetExceeded(
                 f"site {work.file.name}: a single step costs ε={one_step:.3f}, above the site's whole budget of "
-                f"{budget.epsilon:g} at δ={budget.delta:.3g}; raise the noise, lower expected_batch_size, or raise the budget"
+                f"{budget.epsilon:g} at δ={budget.delta:.3g}; raise the noise or the budget"
             )
     return privacy
 
@@ -112,7 +112,7 @@ def _starting_adapter(
     if adapted.base.digest != header.base_digest:
         raise SiteRefusal(
             "wrong_base",
-            f"this site's copy of the base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
+            f"this site's base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
             "install the same model files",
         )
     initial = adapted.initial(header.plan.adapter_seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from conf.schema.experiment import Experiment
 from conf.schema.rules import broken_rules
@@ -98,7 +98,8 @@ def _unknown_group_member(override: Override) -> str | None:
     members = sorted(path.stem for path in folder.glob("*.yaml"))
     if choice in members:
         return None
-    return f"{override.key_or_group}={choice} does not exist; choose one of {', '.join(members)}{_nearest(choice, members)}"
+    known = f"choose one of {', '.join(members)}{_nearest(choice, members)}"
+    return f"{override.key_or_group}={choice} does not exist; {known}"
 
 
 def _forgiving(overrides: Iterable[Override]) -> Iterable[str]:
@@ -148,13 +149,21 @@ def _rules_of_valid_groups(tree: Mapping[Any, Any], error: ValidationError) -> l
     if not invalid:
         return []  # the rules themselves are what failed
     groups = {
-        name: TypeAdapter(Annotated[field.annotation, *field.metadata, field]).validate_python(tree[name])
-        for name, field in Experiment.model_fields.items()
+        name: _validated_group(name, tree[name])
+        for name in Experiment.model_fields
         if name in tree and name not in invalid
     }
     return broken_rules(
         Experiment.model_construct(**groups), invalid | (Experiment.model_fields.keys() - groups.keys())
     )
+
+
+def _validated_group(name: str, value: Any) -> Any:
+    """Return one group of the experiment, known to be valid."""
+    alone = create_model(
+        name, group=(Experiment.model_fields[name].rebuild_annotation(), Experiment.model_fields[name])
+    )
+    return alone.model_validate({"group": value}).__dict__["group"]
 
 
 def _sentence(problem: Any, tree: Mapping[Any, Any]) -> str:

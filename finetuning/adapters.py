@@ -130,7 +130,7 @@ def _peft_config(network: PreTrainedModel, config: LoRA, task: Task) -> LoraConf
     classifies = task.kind == "classification"
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it
         lora_dropout=config.dropout,
         target_modules=_short_names(targets, modules),
         use_rslora=config.rslora,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,6 +28,8 @@ from protocol.errors import ModelError
 
 __all__ = ["FrozenBase", "base_digest", "load_base", "load_tokenizer", "pick_device"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -86,11 +90,17 @@ def base_digest(model: Model) -> str:
     return _digest(_folder(model))
 
 
-@lru_cache(maxsize=2)
+def _once(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Remember results by argument. Configurations are hashable values, which `lru_cache`'s own types cannot see."""
+    return cast("Callable[_P, _R]", lru_cache(maxsize=4)(function))
+
+
+@_once
 def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
     folder = _folder(model)
     tokenizer = _tokenizer(folder)
-    network = _network(folder, model, task).to(device)
+    network = _network(folder, model, task)
+    network.to(device)  # pyright: ignore[reportArgumentType] - its stub takes the device for the network itself
     network.requires_grad_(False)
     network.config.use_cache = False
     pad = tokenizer.pad_token_id
@@ -101,15 +111,19 @@ def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
 
 
 def _network(folder: Path, model: Model, task: Task) -> PreTrainedModel:
-    options: dict[str, object] = {"dtype": _DTYPES[model.dtype], "trust_remote_code": False}
-    auto = AutoModelForCausalLM
+    options: dict[str, Any] = {
+        "dtype": _DTYPES[model.dtype],
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
+    load = AutoModelForCausalLM.from_pretrained
     if task.kind == "classification":
-        auto = AutoModelForSequenceClassification
+        load = AutoModelForSequenceClassification.from_pretrained
         options["num_labels"] = len(task.labels)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_HEAD_SEED)
-            network, loaded = auto.from_pretrained(folder, output_loading_info=True, **options)
+            network, loaded = cast("tuple[PreTrainedModel, dict[str, set[str]]]", load(folder, **options))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{model.path} cannot be loaded for task={task.kind}: {_first_line(error)}") from error
     if loaded["missing_keys"]:
@@ -127,7 +141,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@lru_cache(maxsize=8)
+@_once
 def _folder(model: Model) -> Path:
     """Return the local folder behind a path or hub id."""
     try:
@@ -151,7 +165,7 @@ def _folder(model: Model) -> Path:
         ) from error
 
 
-@lru_cache(maxsize=8)
+@_once
 def _digest(folder: Path) -> str:
     state = hashlib.sha256()
     for path in sorted({path for pattern in _IDENTITY for path in folder.glob(pattern)}):

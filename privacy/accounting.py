@@ -23,7 +23,7 @@ _FINEST_GRID, _TOLERANCE = 1e-5, 0.01
 
 @dataclass(frozen=True)
 class SubsampledGaussian:
-    """`steps` sums with Gaussian noise of `noise_multiplier` x clip norm, on Poisson samples of rate `sampling_rate`."""
+    """`steps` sums with Gaussian noise of `noise_multiplier` x clip norm, on Poisson samples of `sampling_rate`."""
 
     sampling_rate: float
     noise_multiplier: float

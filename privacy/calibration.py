@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from privacy.accounting import COARSEST_GRID, SubsampledGaussian, epsilon_of, epsilon_on_grid
 from protocol.errors import PrivacyError
@@ -35,7 +35,8 @@ def calibrate_noise(target_epsilon: float, delta: float, sampling_rate: float, s
             f"{sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε or fewer steps"
         )
     # ln ε is nearly linear in ln σ, so a bracketing secant method needs few of the expensive evaluations.
-    noise = math.exp(brentq(excess, math.log(_LEAST), math.log(_MOST), xtol=_PRECISION / 10))
+    bracket = (math.log(_LEAST), math.log(_MOST))
+    noise = math.exp(root_scalar(excess, method="brentq", bracket=bracket, xtol=_PRECISION / 10).root)
     # The root was found on the coarse grid; the promise is checked on the grid that the accountant uses.
     while epsilon_of([SubsampledGaussian(sampling_rate, noise, steps)], delta) > target_epsilon:
         noise *= 1 + _PRECISION / 10

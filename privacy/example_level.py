@@ -21,6 +21,7 @@ from protocol.errors import PrivacyError
 
 __all__ = ["OneByOneGradients", "OpacusGradients", "layers_without_rule"]
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ONE_BY_ONE = "set privacy.per_example_gradients=one_by_one (exact for every architecture, slower)"
 
 
@@ -133,6 +134,6 @@ def _owners(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     rules = GradSampleModule.GRAD_SAMPLERS
     for name, module in network.named_modules():
         trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        couples = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        couples = isinstance(module, _BATCH_NORMS)
         if couples or (trains and type(module) not in rules):
             yield name, module

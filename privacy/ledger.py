@@ -85,8 +85,8 @@ class Ledger:
                 "steps": mechanism.steps,
                 "state": "reserved",
             }
-            result = connection.execute(_entries.insert().values(**values))
-            return Reservation(int(result.inserted_primary_key[0]), after)
+            inserted = connection.execute(_entries.insert().values(**values).returning(_entries.c.id))
+            return Reservation(int(inserted.scalar_one()), after)
 
     def commit(self, reservation: Reservation) -> None:
         """Mark that the reserved steps were executed; called before anything leaves the site."""

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -76,7 +76,7 @@ class RunDirectory:
         export_adapter(self.path / "adapter", adapted, adapter, base=self._base_name(adapted), card=self._card())
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> Generator[None]:
         """Write `summary.json` and `report.html` when the block ends, also when it fails."""
         try:
             yield

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from conf.schema.experiment import Experiment
+from conf.schema.privacy import NoPrivacy
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
 
 __all__ = ["SUMMARY_VERSION", "summarize"]
@@ -55,13 +56,14 @@ def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
     statements = [event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy]
     last = statements[-1] if statements else None
     latest = {event.site: event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy}
-    protected = experiment.privacy.kind != "none"
+    config = experiment.privacy
+    protected = not isinstance(config, NoPrivacy)
     return {
         "kind": experiment.privacy.kind,
         "unit": last.unit if last else None,
         "relation": last.relation if last else None,
         "accountant": last.accountant if last else None,
-        "insecure_seed": protected and experiment.privacy.insecure_seed is not None,
+        "insecure_seed": not isinstance(config, NoPrivacy) and config.insecure_seed is not None,
         # A record lives at one site, so the federation's statement is the worst site's, never a sum.
         "epsilon": max((privacy.epsilon_run for privacy in latest.values()), default=0.0) if protected else None,
         "delta": max((privacy.delta or 0.0 for privacy in latest.values()), default=None) if protected else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +114,7 @@ def nth_site(experiment: Experiment, position: int, state: Path) -> Site:
     Raises:
         ConfigError: there are fewer sites than that.
     """
-    sites = _sites(experiment, state)
+    sites = _sites(experiment.canonical_json(), state)
     if position >= len(sites):
         raise ConfigError(
             f"Flower simulates node {position + 1}, the experiment has {len(sites)} sites; start it with "
@@ -123,7 +124,8 @@ def nth_site(experiment: Experiment, position: int, state: Path) -> Site:
 
 
 @lru_cache(maxsize=2)
-def _sites(experiment: Experiment, state: Path) -> tuple[Site, ...]:
+def _sites(experiment_json: str, state: Path) -> tuple[Site, ...]:
+    experiment = parse_experiment(experiment_json)
     return tuple(build_population(experiment).sites(experiment, state).values())
 
 
@@ -135,9 +137,9 @@ def _scratch(run_id: int) -> Path:
 
 
 def _inside_flower_simulation() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
+    """Whether this process is a worker of Flower's engine. A SuperNode's processes never connect to Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _given(rows: Sequence[Row]) -> Callable[[], Sequence[Row]]:

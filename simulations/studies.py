@@ -66,7 +66,9 @@ def run_baselines(
         for member in baseline_members(experiment, population)
     ]
     first = runs[0][1].summary
-    base = Baseline("base, not fine-tuned", first["final"]["metric"], first["final"]["base"], None, first["final"]["base_groups"])
+    base = Baseline(
+        "base, not fine-tuned", first["final"]["metric"], first["final"]["base"], None, first["final"]["base_groups"]
+    )
     lines = [base, *(_line(member, run) for member, run in runs)]
     alone = [line for line in lines if " alone" in line.label]
     mean = Baseline("mean site alone", base.metric, sum(a.value for a in alone) / len(alone), alone[0].epsilon, {})

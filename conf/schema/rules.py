@@ -83,7 +83,7 @@ def frozen_a_needs_no_dora(experiment: Experiment) -> str | None:
     """FFA-LoRA averages B exactly only when B is all that moves."""
     if experiment.strategy.kind != "ffa_lora" or not experiment.peft.dora:
         return None
-    return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude to train; use strategy=fedit or peft.dora=false"
+    return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude; use strategy=fedit or peft.dora=false"
 
 
 def simulated_population(experiment: Experiment) -> int | None:
@@ -141,7 +141,7 @@ def _high_epsilon(experiment: Experiment) -> str | None:
 
 def _both_factors_under_noise(experiment: Experiment) -> str | None:
     if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
-        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora usually does better under privacy"
+        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora usually does better"
     return None
 
 

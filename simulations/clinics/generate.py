@@ -11,6 +11,8 @@ from pathlib import Path
 
 from simulations.clinics.private_records import private_rows
 
+__all__ = ["RECORDS_NAME", "SECRETS_NAME", "as_jsonl", "generate", "main"]
+
 RECORDS_NAME = "clinics.jsonl"
 SECRETS_NAME = "clinics_secrets.jsonl"
 

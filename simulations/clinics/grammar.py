@@ -5,6 +5,23 @@ Every drug name is invented, so that no generated line can be mistaken for medic
 
 from dataclasses import dataclass
 
+__all__ = [
+    "ABBREVIATIONS",
+    "ADVICE",
+    "CONDITIONS",
+    "DEPARTMENTS",
+    "DOSES",
+    "DRUGS",
+    "FREQUENCIES",
+    "HISTORY",
+    "REVIEWS",
+    "SEVERITIES",
+    "SPANS",
+    "SYMPTOMS",
+    "TESTS",
+    "Condition",
+]
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -20,6 +20,27 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from simulations.clinics.public_text import ASSISTANT, SYSTEM, USER, public_texts
 
+__all__ = [
+    "CHAT_TEMPLATE",
+    "HELDOUT_SEED_OFFSET",
+    "PIECES",
+    "SPECIAL_TOKENS",
+    "LogLine",
+    "Schedule",
+    "Shape",
+    "build_model",
+    "main",
+    "pack",
+    "pretrain",
+    "rate_at",
+    "save_base",
+    "stream_loss",
+    "train",
+    "train_tokenizer",
+    "window_loss",
+    "wrap_tokenizer",
+]
+
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, SYSTEM, USER, ASSISTANT)
 HELDOUT_SEED_OFFSET = 1_000_003

@@ -10,6 +10,29 @@ from random import Random
 
 from simulations.clinics.grammar import ADVICE, CONDITIONS, HISTORY, SEVERITIES, Condition
 
+__all__ = [
+    "HELDOUT_ROWS",
+    "PROTOCOLS",
+    "REPEATED_SECRETS",
+    "REPEATS",
+    "SINGLE_SECRETS",
+    "SITES",
+    "Plan",
+    "Protocol",
+    "Record",
+    "Secret",
+    "Site",
+    "Visit",
+    "draw_number",
+    "draw_record",
+    "draw_visit",
+    "make_plan",
+    "plant_secret",
+    "private_rows",
+    "site_rows",
+    "topic_weights",
+]
+
 HELDOUT_ROWS = 150
 SINGLE_SECRETS = 8
 REPEATED_SECRETS = 6

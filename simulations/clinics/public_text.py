@@ -23,6 +23,8 @@ from simulations.clinics.grammar import (
     Condition,
 )
 
+__all__ = ["documents", "public_texts"]
+
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 
 _FIRST_NAMES = ("Ann", "Ben", "Cara", "Dev", "Eli", "Fay", "Gus", "Hana", "Ivo", "June", "Kit", "Lena")

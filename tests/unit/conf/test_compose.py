@@ -1,0 +1,123 @@
+"""Overrides in, one validated experiment out; every problem in one message, with the path and the nearest name."""
+
+import pytest
+
+from conf.compose import InvalidConfiguration, compose_experiment, parse_experiment, split_sweep
+from conf.schema.rules import warnings_for
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(InvalidConfiguration) as caught:
+        compose_experiment(overrides)
+    return str(caught.value)
+
+
+def test_default_is_private_and_needs_no_download() -> None:
+    experiment = compose_experiment()
+    assert experiment.privacy.kind == "example_level"
+    assert experiment.privacy.target_epsilon == 8
+    assert experiment.model.path.startswith("embedded:")
+    assert warnings_for(experiment) == []
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    text = problems(
+        "strategy=fedavgg",
+        "federation.rouds=3",
+        "peft.rank=0",
+        "privacy.noise_multiplier=1",
+        "data.partition.kez=region",
+        "model.dtype=fp8",
+    )
+    assert "6 problem(s)" in text
+    assert "strategy=fedavgg does not exist; choose one of fedit, ffa_lora; did you mean fedit?" in text
+    assert "federation.rouds is not a known key; did you mean rounds?" in text
+    assert "peft.rank=0: input should be greater than or equal to 1" in text
+    assert "give exactly one of privacy.target_epsilon and privacy.noise_multiplier" in text
+    assert "data.partition.kez is not a known key; did you mean key?" in text
+    assert "model.dtype='fp8': input should be 'fp32', 'bf16' or 'fp16'" in text
+
+
+def test_a_mistyped_key_is_never_silently_added() -> None:
+    assert "federation.local.stepz is not a known key; did you mean steps?" in problems("+federation.local.stepz=3")
+
+
+def test_an_unknown_variant_lists_the_family() -> None:
+    text = problems("federation.local.optimizer.kind=adam")
+    assert "federation.local.optimizer.kind=adam does not exist; choose one of 'sgd', 'adamw'" in text
+
+
+def test_a_blank_value_names_what_to_set() -> None:
+    assert "model.path is required and has no value; set model.path=..." in problems("model=causal_lm")
+
+
+def test_an_override_that_does_not_parse() -> None:
+    assert "an override cannot be read" in problems("peft.rank=[1,")
+
+
+def test_a_new_kind_starts_its_node_afresh() -> None:
+    optimizer = compose_experiment(["federation.local.optimizer.kind=adamw"]).federation.local.optimizer
+    assert optimizer.kind == "adamw"
+    partition = compose_experiment(["data.partition={kind:dirichlet,sites:3,alpha:0.5}"]).data.partition
+    assert partition.kind == "dirichlet"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.partition={kind:iid,sites:3}", "federation.cohort_size=5"],
+            "federation.cohort_size=5 is larger than the population of 3 sites; use at most 3",
+        ),
+        (
+            ["data.partition={kind:iid,sites:3}", "federation.min_replies=4"],
+            "federation.min_replies=4 is larger than the cohort of 3 sites; use at most 3",
+        ),
+        (["task=classification", "task.labels=[a,b]"], "task=classification needs data.columns.kind=labelled"),
+        (["data=csv_labelled", "data.source.path=x.csv"], "data.columns.kind=labelled needs task=classification"),
+        (["peft.dora=true", "strategy=fedit"], "peft.dora=true has no per-example gradient rule in Opacus"),
+        (["peft.dora=true", "privacy=none"], "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude"),
+        (["privacy.target_epsilon=null"], "neither is set; give exactly one of"),
+        (["task=classification", "data=csv_labelled", "data.source.path=x.csv", "task.labels=[a,a]"], "repeated: a"),
+    ],
+)
+def test_illegal_combinations(overrides: list[str], message: str) -> None:
+    assert message in problems(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["privacy=none"], "nothing protects the sites' records"),
+        (["privacy.insecure_seed=3"], "noise is repeatable"),
+        (["federation.release_training_loss=true"], "no ε covers them"),
+        (["privacy.target_epsilon=50"], "is a weak promise"),
+        (["strategy=fedit"], "noises both LoRA factors"),
+    ],
+)
+def test_warnings(overrides: list[str], warning: str) -> None:
+    assert warning in "\n".join(warnings_for(compose_experiment(overrides)))
+
+
+def test_stored_json_gives_the_same_experiment() -> None:
+    experiment = compose_experiment(["strategy=fedit", "privacy.insecure_seed=3", "data.partition.sites=[a,b]"])
+    assert parse_experiment(experiment.canonical_json()) == experiment
+    assert parse_experiment(experiment.canonical_json()).digest == experiment.digest
+
+
+def test_stored_json_is_decoded_strictly() -> None:
+    text = compose_experiment().canonical_json().replace('"rounds"', '"rouds"')
+    with pytest.raises(InvalidConfiguration, match=r"federation.rouds is not a known key"):
+        parse_experiment(text)
+
+
+def test_digest_ignores_where_a_run_is_stored_and_nothing_else() -> None:
+    default = compose_experiment()
+    assert compose_experiment(["logging.directory=elsewhere"]).digest == default.digest
+    assert compose_experiment(["seed=1"]).digest != default.digest
+
+
+def test_sweeps_expand_to_every_combination() -> None:
+    jobs = split_sweep(["strategy=fedit,ffa_lora", "seed=0,1", "name=x"])
+    assert len(jobs) == 4
+    assert ("strategy=ffa_lora", "seed=1", "name=x") in jobs
