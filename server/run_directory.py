@@ -13,9 +13,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from finetuning.checkpoints import save_tensors, write_atomically
 from finetuning.export import export_adapter
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
-from server.events import Event, RoundFinished
+from server.events import Event
 from server.report import write_report
 from server.summary import summarize
 
@@ -37,7 +38,13 @@ __all__ = ["RunDirectory"]
 class RunDirectory:
     """The folder of one run. `observe` is an `Observer`."""
 
-    def __init__(self, path: Path, experiment: Experiment, base_digest: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        experiment: Experiment,
+        base_digest: str,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         """Create the folder and store the configuration.
 
         Raises:
@@ -49,6 +56,7 @@ class RunDirectory:
         self._experiment = experiment
         self._base_digest = base_digest
         self._events: list[Event] = []
+        self._started = now()
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.json", experiment.canonical_json().encode())
 
@@ -87,13 +95,19 @@ class RunDirectory:
 
     def summary(self, status: str = "finished", error: str = "") -> dict[str, Any]:
         """Return the summary of what was observed so far."""
-        return summarize(self._experiment, self._events, base_digest=self._base_digest, status=status, error=error)
+        return summarize(
+            self._experiment,
+            self._events,
+            base_digest=self._base_digest,
+            started=self._started,
+            status=status,
+            error=error,
+        )
 
     def _write_summary(self, status: str, error: str) -> None:
         summary = self.summary(status, error)
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
-        if any(isinstance(event, RoundFinished) for event in self._events):
-            write_report(self.path / "report.html", summary, self._experiment)
+        write_report(self.path / "report.html", summary, self._experiment)
 
     def _base_name(self, adapted: AdaptedModel) -> str:
         path = self._experiment.model.path
@@ -103,7 +117,7 @@ class RunDirectory:
         privacy = self.summary()["privacy"]
         promise = (
             "**Not private**: nothing protects the records it was trained on."
-            if privacy["epsilon"] is None
+            if privacy["delta"] is None
             else f"ε = {privacy['epsilon']:.3f}, δ = {privacy['delta']:.2g} ({privacy['relation']}; the largest of all "
             f"sites; {privacy['accountant']})."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
@@ -21,22 +22,29 @@ _PHASES = ("train", "aggregate", "evaluate", "other")
 
 
 def summarize(
-    experiment: Experiment, events: Sequence[Event], *, base_digest: str, status: str, error: str = ""
+    experiment: Experiment,
+    events: Sequence[Event],
+    *,
+    base_digest: str,
+    started: datetime,
+    status: str,
+    error: str = "",
 ) -> dict[str, Any]:
     """Return the summary of a run, finished or failed, as plain JSON values."""
-    started = next((event for event in events if isinstance(event, RunStarted)), None)
+    first = next((event for event in events if isinstance(event, RunStarted)), None)
     finished = next((event for event in events if isinstance(event, RunFinished)), None)
     rounds = _rounds(events)
     return {
         "schema_version": SUMMARY_VERSION,
-        "run": started.run if started else "",
+        "run": first.run if first else "",
+        "started": started.isoformat(timespec="seconds"),
         "status": status,
         "error": error,
         "config_digest": experiment.digest,
         "model": {"path": experiment.model.path, "base_digest": base_digest},
         "adapter": {
             "digest": finished.adapter_digest if finished else "",
-            "trained_values": started.trained_values if started else 0,
+            "trained_values": first.trained_values if first else 0,
         },
         "strategy": experiment.strategy.kind,
         "privacy": _privacy(experiment, events),

@@ -65,7 +65,9 @@ class InProcessGrid(Grid):
             self._sent += 1
             identifier = f"message-{self._sent}"
             # A ClientApp may change what it is given; the next node must not see that.
-            self._queued[identifier] = copy.deepcopy(message)
+            queued = copy.deepcopy(message)
+            queued.metadata.__dict__["_message_id"] = identifier  # as Flower's own grids do; a reply names it
+            self._queued[identifier] = queued
             identifiers.append(identifier)
         return identifiers
 

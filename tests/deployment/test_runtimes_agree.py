@@ -1,0 +1,141 @@
+"""The same two apps on every runtime give the same adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conf.compose import compose_experiment
+from conf.schema.data import DataSource
+from conf.schema.experiment import Experiment
+from simulations.population import Population, build_population, site_file
+from simulations.simulate import simulate
+
+pytestmark = [pytest.mark.slow, pytest.mark.deployment]
+
+SITES = ("eastfield", "harbor")
+OVERRIDES = (
+    "experiment=smoke",
+    f"data.partition.sites=[{','.join(SITES)}]",
+    f"federation.expected_sites={len(SITES)}",
+    "federation.reply_timeout_s=180",
+    "privacy.insecure_seed=7",
+    "privacy.target_epsilon=null",
+    "privacy.noise_multiplier=1.0",
+    "runtime.threads=1",
+)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same experiment, in one process."""
+    path = tmp_path_factory.mktemp("reference") / "run"
+    simulate(compose_experiment(OVERRIDES), path)
+    return path
+
+
+def experiment_in(path: Path, *overrides: str) -> Experiment:
+    return compose_experiment((*OVERRIDES, f"logging.directory={path}", *overrides))
+
+
+def summary_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "summary.json").read_text())
+
+
+def assert_same_result(path: Path, reference: Path) -> None:
+    ours, expected = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (path, reference))
+    assert ours.keys() == expected.keys()
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in expected.items() if "lora_B" in name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            ours[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert summary_of(path)["status"] == "finished"
+    assert [r["accepted"] for r in summary_of(path)["rounds"]] == [list(SITES)] * 2 or all(
+        sorted(r["accepted"]) == list(SITES) for r in summary_of(path)["rounds"]
+    )
+    assert summary_of(path)["privacy"]["epsilon"] == pytest.approx(summary_of(reference)["privacy"]["epsilon"])
+
+
+def test_flowers_engine_started_by_cloister_agrees(tmp_path: Path, reference: Path) -> None:
+    events: list[str] = []
+    path = tmp_path / "run"
+    simulate(experiment_in(path, "runtime=ray"), path, (lambda event: events.append(event.kind),))
+
+    assert_same_result(path, reference)
+    assert events[0] == "run_started"
+    assert events[-1] == "run_finished"
+    assert sorted(folder.name for folder in (path / "sites").iterdir()) == list(SITES)
+    assert all((path / "sites" / site / "ledger.db").is_file() for site in SITES)
+
+
+def test_flowers_engine_started_by_flwr_run_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
+    path = tmp_path / "run"
+    flower.flwr_run(
+        "simulation",
+        {"experiment": experiment_in(path).canonical_json()},
+        "--federation-config",
+        f"num-supernodes={len(SITES)} client-resources-num-cpus=1",
+    )
+    assert (path / "summary.json").is_file(), flower.logs()
+    assert_same_result(path, reference)
+
+
+def test_a_deployment_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
+    path = tmp_path / "run"
+    experiment = experiment_in(path)
+    address = flower.start_superlink()
+    for name, file in write_site_files(experiment, build_population(experiment), tmp_path).items():
+        flower.start_supernode(name, address, f'site="{file}"')
+    flower.flwr_run("deployment", {"experiment": experiment.canonical_json()})
+
+    assert (path / "summary.json").is_file(), flower.logs()
+    assert summary_of(path)["status"] == "finished", flower.logs()
+    assert_same_result(path, reference)
+    assert all((tmp_path / site / "state" / "ledger.db").is_file() for site in SITES)
+
+
+def test_a_node_without_a_site_file_takes_no_part(tmp_path: Path, flower: Any) -> None:
+    private = tmp_path / "private.jsonl"
+    private.write_text('{"prompt": "Patient", "completion": " has nothing to hide."}\n')
+    path = tmp_path / "run"
+    experiment = compose_experiment(
+        (
+            "experiment=smoke",
+            "data=jsonl_prompt_completion",
+            f"data.source.path={private}",
+            "evaluation.every=0",
+            "federation.reply_timeout_s=60",
+            f"logging.directory={path}",
+        )
+    )
+    flower.start_supernode("node", flower.start_superlink())
+    flower.flwr_run("deployment", {"experiment": experiment.canonical_json()})
+
+    assert (path / "summary.json").is_file(), flower.logs()
+    summary = summary_of(path)
+    assert summary["status"] == "failed"
+    assert "0 of federation.expected_sites=1 sites answered with a card" in summary["error"]
+    assert not (path / "adapter").exists()
+    assert "this node has no site file" in flower.log("node")
+    assert "this node has no site file" in flower.log("deployment")
+    assert not flower.cloister_home.joinpath("simulated_sites").exists()
+
+
+def write_site_files(experiment: Experiment, population: Population, folder: Path) -> dict[str, Path]:
+    """Write each site's records and site file: the same records, budget and policy as in the simulation."""
+    files: dict[str, Path] = {}
+    for name, rows in population.parts.items():
+        own = folder / name
+        own.mkdir()
+        records = own / "records.jsonl"
+        records.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
+        file = site_file(experiment, name, len(rows), own / "state")
+        data = file.data.model_copy(update={"source": DataSource(path=str(records))})
+        files[name] = own / "site.yaml"
+        files[name].write_text(yaml.safe_dump(file.model_copy(update={"data": data}).model_dump(mode="json")))
+    return files

@@ -1,0 +1,158 @@
+"""Networks with a random adapter, privacy plans, and an independent computation of the clipped sum."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conf.schema.model import LoRA, Model
+from conf.schema.task import CausalLM, Classification, Task
+from finetuning.adapters import AdaptedModel, attach
+from finetuning.batches import Example, collate, micro_batches
+from finetuning.models import load_base
+from finetuning.tasks.build import build_objective
+from privacy.gradients import GradientRule, gradient_rule
+from privacy.plan import PrivacyPlan
+from privacy.randomness import SecureStream
+from privacy.sampling import PoissonSampling
+from strategies.lora.fedit import FedIT
+from strategies.lora.ffa_lora import FFALoRA
+
+CLASSES = ("left", "middle", "right")
+TASKS: dict[str, Task] = {"causal_lm": CausalLM(), "classification": Classification(labels=CLASSES)}
+STRATEGIES = {"fedit": FedIT(), "ffa_lora": FFALoRA()}
+ENCODERS = ("bert", "roberta")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A network with a random adapter in it, the parameters that train, and ways to sum their gradients."""
+
+    adapted: AdaptedModel
+    trained: dict[str, nn.Parameter]
+    task: Task
+
+    def rule(self, clip_norm: float = 1.0, noise: float = 0.0, per_example: str = "opacus") -> GradientRule:
+        """Return the real gradient rule, without noise unless asked for."""
+        plan = plan_of(clip_norm, noise)
+        return gradient_rule(plan, per_example, self.adapted.network, self.trained, SecureStream.insecure(0, "bench"))
+
+    def batched(
+        self,
+        examples: Sequence[Example],
+        clip_norm: float = 1.0,
+        per_example: str = "opacus",
+        micro_batch_tokens: int = 8192,
+    ) -> dict[str, torch.Tensor]:
+        """Return the sum that the rule makes of `examples`: padded, grouped, batched; undivided."""
+        rule = self.rule(clip_norm, per_example=per_example)
+        objective = build_objective(self.task)
+        self.adapted.network.train()
+        try:
+            groups = micro_batches([len(each) for each in examples], max_tokens=micro_batch_tokens)
+            if rule.max_micro_batch == 1:
+                groups = [[position] for group in groups for position in group]
+            for group in groups:
+                batch = collate([examples[position] for position in group], self.adapted.base.pad_token_id)
+                rule.accumulate(objective.losses(self.adapted.network, batch))
+            rule.finish()
+            return {name: each.grad.double() for name, each in self.trained.items() if each.grad is not None}
+        finally:
+            rule.close()
+            for parameter in self.trained.values():
+                parameter.grad = None
+
+    def gradient(self, example: Example) -> dict[str, torch.Tensor]:
+        """Return one example's gradient in float64 by plain autograd: no padding, no hooks, no code of ours."""
+        ids = torch.tensor(example.input_ids, dtype=torch.int64)[None]
+        self.adapted.network.train()
+        log_odds = self.adapted.network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+        if example.label is None:
+            chosen = [position for position in range(1, len(example)) if example.trained[position]]
+            terms = [-log_odds[0, position - 1].log_softmax(0)[ids[0, position]] for position in chosen]
+            loss = torch.stack(terms).mean() if terms else log_odds.sum() * 0
+        else:
+            loss = -log_odds[0].log_softmax(0)[example.label]
+        parts = torch.autograd.grad(loss, list(self.trained.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter, dtype=torch.float64) if part is None else part.double()
+            for (name, parameter), part in zip(self.trained.items(), parts, strict=True)
+        }
+
+    def one_at_a_time(self, examples: Sequence[Example], clip_norm: float = 1.0) -> dict[str, torch.Tensor]:
+        """Return the clipped sum from the definition, in float64."""
+        total = {name: torch.zeros_like(each, dtype=torch.float64) for name, each in self.trained.items()}
+        for example in examples:
+            own = self.gradient(example)
+            factor = min(1.0, clip_norm / max(norm_of(own), 1e-300))
+            for name in total:
+                total[name] += factor * own[name]
+        return total
+
+
+def plan_of(clip_norm: float, noise: float, normalizer: float = 1.0) -> PrivacyPlan:
+    """Return an example-level plan with round numbers; the sum is divided by `normalizer`."""
+    return PrivacyPlan(
+        unit="one record",
+        relation="add or remove one record of a site",
+        sampling=PoissonSampling(0.5),
+        clip_norm=clip_norm,
+        noise_multiplier=noise,
+        normalizer=normalizer,
+        steps_per_round=1,
+        rounds=1,
+        delta=1e-5,
+    )
+
+
+def norm_of(tensors: dict[str, torch.Tensor]) -> float:
+    """Return the L2 norm over all tensors together."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def relative_error(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Return ‖left - right‖ / ‖right‖ over all tensors together."""
+    assert left.keys() == right.keys()
+    return norm_of({name: left[name] - right[name] for name in right}) / norm_of(right)
+
+
+@pytest.fixture(scope="session")
+def error_of() -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], float]:
+    """The relative error of one set of tensors against another."""
+    return relative_error
+
+
+@pytest.fixture(scope="session")
+def total_norm() -> Callable[[dict[str, torch.Tensor]], float]:
+    """The L2 norm over all tensors."""
+    return norm_of
+
+
+@pytest.fixture(scope="session")
+def make_plan() -> Callable[..., PrivacyPlan]:
+    """Plans with round numbers."""
+    return plan_of
+
+
+@pytest.fixture
+def bench(tiny_model: Callable[..., Path]) -> Callable[..., Bench]:
+    """Return `make(family, strategy="fedit", task=None, dtype="fp32", **lora)`; no factor of the adapter is zero."""
+
+    def make(
+        family: str, strategy: str = "fedit", task: str | None = None, dtype: str = "fp32", **lora: object
+    ) -> Bench:
+        wanted = TASKS[task or ("classification" if family in ENCODERS else "causal_lm")]
+        base = load_base(Model(path=str(tiny_model(family)), dtype=dtype), wanted, "cpu")  # type: ignore[arg-type]
+        adapted = attach(base, LoRA.model_validate({"rank": 4, "alpha": 8.0, **lora}), wanted)
+        initial = adapted.initial(3)
+        generator = torch.Generator().manual_seed(11)
+        adapted.load(
+            {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in initial.items()}
+        )
+        return Bench(adapted, adapted.train_only(STRATEGIES[strategy].trained(adapted.names)), wanted)
+
+    return make
