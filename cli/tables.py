@@ -52,14 +52,15 @@ def outcome_table(summary: dict[str, Any]) -> Table:
 
 
 def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table:
-    """Return one line per job of a sweep."""
+    """Return one line per job of a sweep, named by the overrides in which the jobs differ."""
+    shared = set.intersection(*(set(job) for job, _ in runs))
     table = Table(title="sweep", title_justify="left")
     for heading in ("overrides", "metric", "base", "result", "ε", "sent", "seconds"):
         table.add_column(heading, justify="left" if heading in ("overrides", "metric") else "right")
     for job, summary in runs:
         final: dict[str, Any] = summary["final"] or {"metric": "–", "base": None, "value": None}
         table.add_row(
-            " ".join(job),
+            " ".join(override for override in job if override not in shared),
             final["metric"],
             quality_text(final["metric"], final["base"]),
             quality_text(final["metric"], final["value"]),

@@ -10,11 +10,11 @@ import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,6 +30,9 @@ __all__ = ["AdaptedModel", "attach"]
 _log = logging.getLogger(__name__)
 _ADAPTER = "default"
 _HEADS = ("score", "classifier", "classification_head")
+_MAGNITUDE = "lora_magnitude_vector"
+_ATTACHED = "cloister_adapter"
+"""Attribute of a base network that holds its adapter, so that both are freed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,8 @@ class AdaptedModel:
     base: FrozenBase
     network: PeftModel
     parameters: Mapping[str, nn.Parameter]
+    magnitudes: Mapping[str, torch.Tensor]
+    """DoRA's initial magnitudes, the column norms of the base weights: PEFT's reset leaves trained ones in place."""
     config: LoRA
 
     @property
@@ -51,12 +56,15 @@ class AdaptedModel:
 
         B is zero, so the first function is the base's own. The network's current values are overwritten.
         """
-        with torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in self.network.modules():
                 if isinstance(module, LoraLayer):
                     _reset_on_cpu(module)
-        self._reset_head()
+                elif isinstance(module, ModulesToSaveWrapper):
+                    module.modules_to_save[_ADAPTER].load_state_dict(module.original_module.state_dict())
+            for name, magnitude in self.magnitudes.items():
+                self.parameters[name].copy_(magnitude)
         return self.extract()
 
     def load(self, tensors: NamedTensors) -> None:
@@ -89,45 +97,49 @@ class AdaptedModel:
             parameter.requires_grad_(name in names)
         return {name: parameter for name, parameter in self.parameters.items() if name in names}
 
-    def _reset_head(self) -> None:
-        for module in self.network.modules():
-            originals = getattr(module, "original_module", None)
-            copies = getattr(module, "modules_to_save", None)
-            if isinstance(originals, nn.Module) and isinstance(copies, nn.ModuleDict):
-                copies[_ADAPTER].load_state_dict(originals.state_dict())
-
-
-_attached: WeakKeyDictionary[PreTrainedModel, AdaptedModel] = WeakKeyDictionary()
-
 
 def attach(base: FrozenBase, config: LoRA, task: Task) -> AdaptedModel:
     """Return the base with an adapter attached; a second call with the same configuration returns the same object.
 
     Raises:
-        ModelError: an unknown target module, or a rank above a target layer's size.
+        ModelError: an unknown or unsuitable target module, or a rank above a target layer's size.
     """
-    current = _attached.get(base.network)
+    current: AdaptedModel | None = getattr(base.network, _ATTACHED, None)
     if current is not None:
         if current.config == config:
             return current
-        current.network.unload()
-    network = get_peft_model(base.network, _peft_config(base.network, config, task), adapter_name=_ADAPTER)
+        _detach(current)
+    network = get_peft_model(base.network, _peft_config(base, config, task), adapter_name=_ADAPTER)
     _keep_head_in_float32(network)
-    adapted = AdaptedModel(base, network, _named_parameters(network), config)
-    _attached[base.network] = adapted
+    parameters = _named_parameters(network)
+    magnitudes = {name: each.detach().clone() for name, each in parameters.items() if _MAGNITUDE in name}
+    adapted = AdaptedModel(base, network, parameters, magnitudes, config)
+    setattr(base.network, _ATTACHED, adapted)
     _log.info(
         "adapter: %d tensors, %d values", len(adapted.parameters), sum(p.numel() for p in adapted.parameters.values())
     )
     return adapted
 
 
-def _peft_config(network: PreTrainedModel, config: LoRA, task: Task) -> LoraConfig:
-    linear = _linear_layers(network)
-    targets = sorted(linear) if config.targets == "auto" else _matching(network, config.targets)
+def _detach(adapted: AdaptedModel) -> None:
+    frozen = adapted.base.network
+    delattr(frozen, _ATTACHED)
+    for name, module in list(frozen.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # PEFT's `unload` would leave the trained head in the base.
+            frozen.set_submodule(name, module.original_module)
+    adapted.network.unload()
+
+
+def _peft_config(base: FrozenBase, config: LoRA, task: Task) -> LoraConfig:
+    network = base.network
+    classifies = task.kind == "classification"
+    whole = _trained_whole(base) if classifies else []
+    linear = _linear_layers(network, whole)
+    targets = linear if config.targets == "auto" else _matching(network, config.targets, linear)
     modules = dict(network.named_modules())
     for name in targets:
         _check_rank(name, modules[name], config.rank)
-    classifies = task.kind == "classification"
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it
@@ -137,34 +149,44 @@ def _peft_config(network: PreTrainedModel, config: LoRA, task: Task) -> LoraConf
         use_dora=config.dora,
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
         task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
-        modules_to_save=[_head_name(network)] if classifies else None,
+        modules_to_save=whole or None,
     )
 
 
-def _linear_layers(network: PreTrainedModel) -> list[str]:
-    """Return every linear layer inside the blocks: not the embedding's transpose, not the classification head."""
+def _linear_layers(network: PreTrainedModel, whole: list[str]) -> list[str]:
+    """Return every linear layer inside the blocks: not the embedding's transpose, and none that is trained whole."""
     output = network.get_output_embeddings()
-    return [
+    return sorted(
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and name.split(".")[0] not in _HEADS
-    ]
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and not _inside(name, whole)
+    )
 
 
-def _matching(network: PreTrainedModel, endings: tuple[str, ...]) -> list[str]:
-    names = [name for name, _ in network.named_modules() if name]
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in _linear_layers(network)})
-    matched: list[str] = []
+def _inside(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _matching(network: PreTrainedModel, endings: tuple[str, ...], linear: list[str]) -> list[str]:
+    modules = {name: module for name, module in network.named_modules() if name}
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    matched: set[str] = set()
     for ending in endings:
-        found = [name for name in names if name == ending or name.endswith(f".{ending}")]
+        found = [name for name in modules if name == ending or name.endswith(f".{ending}")]
         if not found:
             near = difflib.get_close_matches(ending, leaves, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ModelError(
                 f"peft.targets: no module of this model is named {ending!r}{hint} Linear layers: {', '.join(leaves)}"
             )
-        matched += found
-    return sorted(set(matched))
+        for name in found:
+            if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding):
+                raise ModelError(
+                    f"peft.targets: {name} is a {type(modules[name]).__name__}, neither a linear layer nor an "
+                    f"embedding. Linear layers: {', '.join(leaves)}"
+                )
+        matched.update(found)
+    return sorted(matched)
 
 
 def _short_names(targets: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
@@ -183,6 +205,12 @@ def _check_rank(name: str, module: nn.Module, rank: int) -> None:
         )
 
 
+def _trained_whole(base: FrozenBase) -> list[str]:
+    """Return the classification head, and what else the checkpoint lacks (BERT's pooler, often): random, so no base."""
+    head = _head_name(base.network)
+    return [head, *(name for name in base.fresh if not _inside(name, [head]))]
+
+
 def _head_name(network: PreTrainedModel) -> str:
     for name, _ in network.named_children():
         if name in _HEADS:
@@ -193,9 +221,8 @@ def _head_name(network: PreTrainedModel) -> str:
 def _keep_head_in_float32(network: PeftModel) -> None:
     """A trained head is noised and averaged like the LoRA factors, so it needs their precision on a 16-bit base."""
     for module in network.modules():
-        copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict):
-            head = copies[_ADAPTER].float()
+        if isinstance(module, ModulesToSaveWrapper):
+            head = module.modules_to_save[_ADAPTER].float()
             head.register_forward_pre_hook(lambda _, args: tuple(value.float() for value in args))
 
 

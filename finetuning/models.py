@@ -32,8 +32,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WEIGHTS = ("*.safetensors", "*.bin")
-_IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", *_WEIGHTS)
+_WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
+_IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HEAD_SEED = 0
 """Layers that the checkpoint lacks start from this seed, so that they are the same at every site."""
@@ -50,6 +50,8 @@ class FrozenBase:
     pad_token_id: int
     context: int | None
     """The longest sequence the model takes, in tokens, or None where it states none."""
+    fresh: tuple[str, ...] = ()
+    """Modules that the checkpoint lacks, such as a classification head: trained whole, and kept with the adapter."""
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -99,7 +101,7 @@ def _once(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
     folder = _folder(model)
     tokenizer = _tokenizer(folder)
-    network = _network(folder, model, task)
+    network, fresh = _network(folder, model, task)
     network.to(device)  # pyright: ignore[reportArgumentType] - its stub takes the device for the network itself
     network.requires_grad_(False)
     network.config.use_cache = False
@@ -107,10 +109,11 @@ def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
     if not isinstance(pad, int):
         raise ModelError(f"the tokenizer of {model.path} has neither a padding nor an end-of-text token; add one to it")
     network.config.pad_token_id = pad
-    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network))
+    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network), fresh)
 
 
-def _network(folder: Path, model: Model, task: Task) -> PreTrainedModel:
+def _network(folder: Path, model: Model, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the network, and the modules that the checkpoint lacks."""
     options: dict[str, Any] = {
         "dtype": _DTYPES[model.dtype],
         "trust_remote_code": False,
@@ -126,9 +129,12 @@ def _network(folder: Path, model: Model, task: Task) -> PreTrainedModel:
             network, loaded = cast("tuple[PreTrainedModel, dict[str, set[str]]]", load(folder, **options))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{model.path} cannot be loaded for task={task.kind}: {_first_line(error)}") from error
-    if loaded["missing_keys"]:
-        _log.info("%s lacks %s: initialized from seed %d", model.path, sorted(loaded["missing_keys"]), _HEAD_SEED)
-    return network
+    fresh = sorted({key.rsplit(".", 1)[0] for key in loaded["missing_keys"]})
+    if fresh and task.kind != "classification":
+        raise ModelError(f"{model.path} has no weights for {', '.join(fresh)}; task={task.kind} needs a language model")
+    if fresh:
+        _log.info("%s lacks %s: initialized from seed %d", model.path, ", ".join(fresh), _HEAD_SEED)
+    return network, tuple(fresh)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -168,7 +174,9 @@ def _folder(model: Model) -> Path:
 @_once
 def _digest(folder: Path) -> str:
     state = hashlib.sha256()
-    for path in sorted({path for pattern in _IDENTITY for path in folder.glob(pattern)}):
+    # The old format is loaded only where the new one is missing; a copy may or may not hold both.
+    weights = _WEIGHTS if any(folder.glob(_WEIGHTS)) else _OLD_WEIGHTS
+    for path in sorted({path for pattern in (*_IDENTITY, weights) for path in folder.glob(pattern)}):
         with path.open("rb") as stream:
             state.update(f"{path.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}|".encode())
     return state.hexdigest()

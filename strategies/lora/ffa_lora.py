@@ -7,7 +7,8 @@ from strategies.mean import WeightedMean
 
 __all__ = ["FFALoRA"]
 
-_A_FACTORS = ("lora_A", "lora_embedding_A")
+_RANDOM_FACTORS = ("lora_A", "lora_embedding_B")
+"""The factor drawn at random is frozen, the one that starts at zero is trained. PEFT's embedding has them swapped."""
 
 
 class FFALoRA:
@@ -21,7 +22,7 @@ class FFALoRA:
 
     def trained(self, names: frozenset[str]) -> frozenset[str]:
         """Return everything but the A factors."""
-        return frozenset(name for name in names if not any(part in _A_FACTORS for part in name.split(".")))
+        return frozenset(name for name in names if not any(part in _RANDOM_FACTORS for part in name.split(".")))
 
     def aggregator(self) -> WeightedMean:
         """Return a weighted mean."""

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def a_report(path: Path, sites: int, *, private: bool = True, error: str = "") -
             events.append(RoundFinished(number, sites, 0, 1.0, 5.0, 0.1, 0.5, 0.1))
     events.append(RunFinished("run", 20.0, "ad" * 32))
     status = "failed" if error else "finished"
-    summary = summarize(experiment, events, base_digest="ba" * 32, status=status, error=error)
+    summary = summarize(
+        experiment, events, base_digest="ba" * 32, started=datetime(2026, 1, 2, tzinfo=UTC), status=status, error=error
+    )
     write_report(path, summary, experiment)
     return path
 
