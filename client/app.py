@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client.site import Site, open_site
@@ -24,6 +24,9 @@ __all__ = ["app", "client_app", "find_site"]
 
 _log = logging.getLogger(__name__)
 
+_NO_SITE = 2
+"""Flower's code for a ClientApp that failed."""
+
 
 def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
     """Return the ClientApp whose messages are answered by the site that `find_site` finds for a node."""
@@ -31,23 +34,19 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
 
     @flower_app.query()
     def enroll(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        return Message(card_to_record(_found(find_site, context).card()), reply_to=message)
+        try:
+            card = find_site(context).card()
+        except Exception as error:
+            return _no_site(message, context, error)
+        return Message(card_to_record(card), reply_to=message)
 
     @flower_app.train()
     def train(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
-        site = _found(find_site, context)
         try:
-            reply = site.handle(record_to_instruction(message.content))
-        except SiteRefusal as refusal:
-            reply = _failure(site, refusal.code, str(refusal))
-        except CloisterError as error:
-            # The message names data or paths, so it stays here; the server learns the kind of problem.
-            _log.error("site %s: %s", site.file.name, error)
-            reply = _failure(site, "site_error", f"{type(error).__name__}; the site's own log says more")
+            site = find_site(context)
         except Exception as error:
-            _log.exception("site %s failed", site.file.name)
-            reply = _failure(site, "site_crash", f"{type(error).__name__}; the site's own log says more")
-        return Message(reply_to_record(reply), reply_to=message)
+            return _no_site(message, context, error)
+        return Message(reply_to_record(_handled(site, message)), reply_to=message)
 
     return flower_app
 
@@ -68,19 +67,26 @@ def find_site(context: Context) -> Site:
     )
 
 
-def _found(find_site: Callable[[Context], Site], context: Context) -> Site:
-    """Return the node's site; a problem with its site file is told here, and to the server only that there is one.
-
-    Raises:
-        ConfigError: this node cannot answer. Flower sends the text to the server.
-    """
+def _handled(site: Site, message: Message) -> Reply:
     try:
-        return find_site(context)
+        return site.handle(record_to_instruction(message.content))
+    except SiteRefusal as refusal:
+        return _failure(site, refusal.code, str(refusal))
+    except CloisterError as error:
+        # The message names data or paths, so it stays here; the server learns the kind of problem.
+        _log.error("site %s: %s", site.file.name, error)
+        return _failure(site, "site_error", f"{type(error).__name__}; the site's own log says more")
     except Exception as error:
-        _log.error("this node has no usable site: %s", error)
-        if "site" not in context.node_config:  # nothing private was read
-            raise
-        raise ConfigError(f"{type(error).__name__} in this node's site file; the node's own log says more") from None
+        _log.exception("site %s failed", site.file.name)
+        return _failure(site, "site_crash", f"{type(error).__name__}; the site's own log says more")
+
+
+def _no_site(message: Message, context: Context, error: Exception) -> Message:
+    """Return the error of a node that cannot answer. What is wrong with its site file is told in its own log only."""
+    _log.error("this node has no usable site: %s", error)
+    named = "site" in context.node_config
+    reason = f"{type(error).__name__}; the node's own log says more" if named else str(error)
+    return Message(Error(code=_NO_SITE, reason=reason), reply_to=message)
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,9 @@ from functools import lru_cache, reduce
 import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-__all__ = ["ACCOUNTANT", "COARSEST_GRID", "SubsampledGaussian", "epsilon_of", "epsilon_on_grid"]
+from protocol.errors import PrivacyError
+
+__all__ = ["ACCOUNTANT", "COARSEST_GRID", "SubsampledGaussian", "epsilon_of", "epsilon_on_grid", "grid_of"]
 
 ACCOUNTANT = "dp-accounting PLD, add or remove one record"
 COARSEST_GRID = 1e-3
@@ -28,6 +30,10 @@ class SubsampledGaussian:
     sampling_rate: float
     noise_multiplier: float
     steps: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sampling_rate <= 1 and 0 <= self.noise_multiplier < math.inf and self.steps >= 0):
+            raise PrivacyError(f"{self} is no mechanism: rate in (0, 1], noise >= 0, steps >= 0")
 
     def event(self) -> dp_accounting.DpEvent:
         """Return the mechanism as `dp_accounting` data, for any accountant."""
@@ -61,9 +67,13 @@ def _merged(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussia
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
+    return epsilon_on_grid(merged, delta, grid_of(merged, delta))
+
+
+def grid_of(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
+    """Return the grid that `epsilon_of` uses: the coarsest whose ε moves by less than one percent when halved."""
     parameters = tuple((mechanism.sampling_rate, mechanism.noise_multiplier) for mechanism in merged)
-    interval = _converged_interval(parameters, _power_of_two(max(mechanism.steps for mechanism in merged)), delta)
-    return epsilon_on_grid(merged, delta, interval)
+    return _converged_interval(parameters, _power_of_two(max(mechanism.steps for mechanism in merged)), delta)
 
 
 def epsilon_on_grid(merged: tuple[SubsampledGaussian, ...], delta: float, interval: float) -> float:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from scipy.optimize import root_scalar
 
-from privacy.accounting import COARSEST_GRID, SubsampledGaussian, epsilon_of, epsilon_on_grid
+from privacy.accounting import COARSEST_GRID, SubsampledGaussian, epsilon_of, epsilon_on_grid, grid_of
 from protocol.errors import PrivacyError
 
 __all__ = ["calibrate_noise"]
@@ -20,30 +20,48 @@ _PRECISION = 1e-3
 def calibrate_noise(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return the smallest noise multiplier (within 0.1 % of ε) whose `steps` steps cost at most `target_epsilon`.
 
-    Raises:
+    It is never below 0.2. Raises:
         PrivacyError: when even a noise multiplier of 1000 costs more.
     """
 
-    def excess(log_noise: float) -> float:
-        return math.log(_coarse_cost(math.exp(log_noise), sampling_rate, steps, delta) / target_epsilon)
+    def cost(noise: float, grid: float) -> float:
+        # Far too much noise costs 0 exactly; the logarithms below need a floor.
+        return max(epsilon_on_grid((SubsampledGaussian(sampling_rate, noise, steps),), delta, grid), 1e-9)
 
-    if excess(math.log(_LEAST)) <= 0:
+    if cost(_LEAST, COARSEST_GRID) <= target_epsilon:
         return _LEAST
-    if excess(math.log(_MOST)) > 0:
+    if cost(_MOST, COARSEST_GRID) > target_epsilon:
         raise PrivacyError(
             f"target_epsilon={target_epsilon} at delta={delta} is too small for {steps} steps at sampling rate "
             f"{sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε or fewer steps"
         )
-    # ln ε is nearly linear in ln σ, so a bracketing secant method needs few of the expensive evaluations.
-    bracket = (math.log(_LEAST), math.log(_MOST))
-    noise = math.exp(root_scalar(excess, method="brentq", bracket=bracket, xtol=_PRECISION / 10).root)
-    # The root was found on the coarse grid; the promise is checked on the grid that the accountant uses.
-    while epsilon_of([SubsampledGaussian(sampling_rate, noise, steps)], delta) > target_epsilon:
-        noise *= 1 + _PRECISION / 10
+
+    def root(low: float, high: float, grid: float) -> float:
+        # ln ε is nearly linear in ln σ, so a bracketing secant method needs few of the expensive evaluations.
+        def excess(log_noise: float) -> float:
+            return math.log(cost(math.exp(log_noise), grid) / target_epsilon)
+
+        bracket = (math.log(low), math.log(high))
+        return math.exp(root_scalar(excess, method="brentq", bracket=bracket, xtol=_PRECISION / 10).root)
+
+    grid, noise = COARSEST_GRID, root(_LEAST, _MOST, COARSEST_GRID)
+    # A coarse grid overstates ε, sometimes several times: search again on the grid that the accountant will use.
+    while (finer := grid_of((SubsampledGaussian(sampling_rate, noise, steps),), delta)) < grid:
+        grid, low = finer, noise
+        # ε falls at least as fast as 1/σ, so this leads below the root in one step, or nearly.
+        while (reached := cost(low, grid)) <= target_epsilon:
+            low *= min(reached / target_epsilon, 1 - _PRECISION)
+        noise = root(low, noise * (1 + _PRECISION), grid)
+    while (reached := _booked(noise, sampling_rate, steps, delta)) > target_epsilon:
+        noise *= max((reached / target_epsilon) ** 0.5, 1 + _PRECISION / 10)
     return noise
 
 
-def _coarse_cost(noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
-    mechanism = SubsampledGaussian(sampling_rate, noise_multiplier, steps)
-    # Far too much noise costs 0 exactly; the logarithm needs a floor.
-    return max(epsilon_on_grid((mechanism,), delta, COARSEST_GRID), 1e-9)
+def _booked(noise: float, sampling_rate: float, steps: int, delta: float) -> float:
+    """Return the most that the accountant ever states while `steps` steps are executed.
+
+    The accountant's grid changes where the steps pass a power of two, and its ε may fall by a fraction of a percent
+    there: a ledger whose budget is the target must not refuse a run halfway for that.
+    """
+    before = 1 << max(steps - 1, 1).bit_length() - 1
+    return max(epsilon_of([SubsampledGaussian(sampling_rate, noise, count)], delta) for count in (steps, before))

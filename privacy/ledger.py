@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import Column, Connection, Engine, Float, Integer, MetaData, String, Table, create_engine, event, select
+from sqlalchemy.pool import NullPool
 
 from privacy.accounting import SubsampledGaussian, epsilon_of
 from protocol.errors import BudgetExceeded
@@ -71,7 +72,7 @@ class Ledger:
         with self._engine.begin() as connection:  # an immediate transaction: two processes cannot both see room
             spent = _mechanisms(connection)
             after = epsilon_of([*spent, mechanism], self._budget.delta)
-            if after > self._budget.epsilon * (1 + _TOLERANCE):
+            if not after <= self._budget.epsilon * (1 + _TOLERANCE):  # unknown (NaN) means refused
                 raise BudgetExceeded(
                     f"round {round_number} would raise this site's ε from {self._epsilon(spent):.3f} to {after:.3f}, "
                     f"above its budget of {self._budget.epsilon:g} at δ={self._budget.delta:.3g}; nothing was trained"
@@ -123,7 +124,8 @@ def _mechanisms(connection: Connection, run: str | None = None) -> list[Subsampl
 
 def _durable_engine(path: Path) -> Engine:
     """Return an engine whose transactions are immediate (one writer at a time) and on disk when they end."""
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
+    # No pool: a simulation opens many ledgers, and an idle connection holds megabytes.
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 60}, poolclass=NullPool)
 
     # SQLAlchemy's documented recipe for SQLite: take transaction control away from the driver.
     @event.listens_for(engine, "connect")

@@ -17,7 +17,7 @@ from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from server.evaluation import build_evaluator
-from server.events import Event, Observer, RoundFinished, SiteReplied
+from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
 from server.rounds import Outcome, run_federation
 from server.run_directory import RunDirectory
 
@@ -77,6 +77,7 @@ def launch_from_context(context: Context) -> Launch:
     experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
     home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
     path = new_run_path(experiment, home / "runs", datetime.now(UTC))
+    _log_to_terminal()
     _log.info("run directory: %s", path)
     return Launch(experiment, path, observers=(_log_event,))
 
@@ -87,11 +88,24 @@ def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:
     return Path(given) if given else parent / f"{now:%Y%m%d-%H%M%S}-{experiment.name}-{experiment.digest[:6]}"
 
 
+def _log_to_terminal() -> None:
+    """Show this package's progress; Flower passes the output on to `flwr run --stream`."""
+    logger = logging.getLogger(__package__)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 def _log_event(event: Event) -> None:
     if isinstance(event, SiteReplied) and not event.accepted:
         _log.warning("round %d: %s not used: %s, %s", event.round, event.site, event.code, event.reason)
     elif isinstance(event, RoundFinished):
         _log.info("round %d: %d replies, %d not used", event.round, event.accepted, event.rejected)
+    elif isinstance(event, Evaluated):
+        _log.info("round %d: %s %.4g on held-out records", event.round, event.metric, event.value)
 
 
 app = server_app(launch_from_context)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,8 @@ _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # gpus_per_site=0 means that a site sees no GPU, also in later versions of Ray.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Ray lowers its workers' priority by 15; beside any other load they would hardly run.
     "RAY_worker_niceness": "0",
 }
@@ -124,7 +126,7 @@ def _backend(runtime: Ray) -> dict[str, Any]:
 
 
 @contextmanager
-def _ray(runtime: Ray) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+def _ray(runtime: Ray) -> Generator[Callable[[Mapping[str, Any]], Any]]:
     """Start Ray on this machine and yield what puts a value into its object store.
 
     Raises:
@@ -132,7 +134,9 @@ def _ray(runtime: Ray) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
     """
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, address="local")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the accelerator setting above
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         resources: Mapping[str, float] = ray.cluster_resources()
         for setting, kind, wanted in (
@@ -150,7 +154,7 @@ def _ray(runtime: Ray) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
 
 
 @contextmanager
-def _quiet_flower() -> Iterator[None]:
+def _quiet_flower() -> Generator[None]:
     """Silence Flower's deprecation warning and its progress; its errors still show."""
     logger = logging.getLogger("flwr")
     level = logger.level
