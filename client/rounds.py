@@ -172,6 +172,7 @@ def _run_steps(
             plan.local,
             seed=_dropout_seed(plan, work.file.name, header.round),
             micro_batch_tokens=work.file.runtime.micro_batch_tokens,
+            learning_rate_factor=plan.local.learning_rate_factor(header.round, plan.rounds),
         )
     finally:
         rule.close()

@@ -56,6 +56,7 @@ def train_locally(
     *,
     seed: int,
     micro_batch_tokens: int,
+    learning_rate_factor: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingDiagnostics:
     """Train the adapter in place for `local.steps` steps, and return what happened.
@@ -69,10 +70,11 @@ def train_locally(
         local: steps and optimizer.
         seed: of dropout, the only randomness here.
         micro_batch_tokens: padded tokens per forward pass; changes memory and speed, not the result.
+        learning_rate_factor: multiplies the optimizer's learning rate.
         clock: seconds, for the diagnostics.
     """
     began = clock()
-    optimizer = build_optimizer(local.optimizer, list(trained.values()))
+    optimizer = build_optimizer(local.optimizer, list(trained.values()), learning_rate_factor)
     device = adapted.base.device
     loss_sum, seen = 0.0, 0
     adapted.network.train()
@@ -93,12 +95,15 @@ def train_locally(
     return TrainingDiagnostics(local.steps, seen, loss_sum / max(seen, 1), clock() - began)
 
 
-def build_optimizer(config: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Optimizer, parameters: list[nn.Parameter], learning_rate_factor: float = 1.0
+) -> torch.optim.Optimizer:
     """Return a fresh optimizer; its state lives for one round, so nothing carries over between sites."""
+    rate = config.learning_rate * learning_rate_factor
     if isinstance(config, AdamW):
         betas = (config.beta1, config.beta2)
-        return torch.optim.AdamW(parameters, config.learning_rate, betas=betas, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def _groups(drawn: Sequence[Example], max_examples: int | None, max_tokens: int) -> list[list[int]]:

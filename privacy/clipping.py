@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.linalg import vector_norm
 
 __all__ = ["ClippedSum", "clipped_sum"]
+
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,18 @@ def clipped_sum(per_example: Sequence[torch.Tensor], clip_norm: float) -> Clippe
         per_example: one tensor per parameter, each of shape (examples, *parameter shape).
         clip_norm: C; `inf` leaves every finite gradient as it is.
 
-    =====================  ==================
+    =====================  ====================================================
     an example's gradient  what it adds
-    =====================  ==================
+    =====================  ====================================================
     norm at most C         itself
     norm above C           itself, scaled to C
     zero                   zero
     NaN or infinite        zero
-    =====================  ==================
+    entry above 1e19       zero, as if infinite: float32 cannot hold its square
+    =====================  ====================================================
     """
-    flat = [gradient.reshape(gradient.shape[0], -1).to(torch.float32) for gradient in per_example]
-    # A norm of norms: squares of large but finite gradients must not overflow into "infinite".
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in flat]).double().norm(dim=0)
+    flat = [gradient.reshape(len(gradient), math.prod(gradient.shape[1:])).float() for gradient in per_example]
+    norms = torch.stack([_row_norms(gradient) for gradient in flat]).norm(dim=0)
     finite = torch.isfinite(norms)
     factors = (clip_norm / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
     factors = torch.where(finite, factors, torch.zeros_like(factors)).to(torch.float32)
@@ -51,4 +55,16 @@ def clipped_sum(per_example: Sequence[torch.Tensor], clip_norm: float) -> Clippe
         torch.mv(gradient.T, factors).reshape(original.shape[1:])
         for gradient, original in zip(flat, per_example, strict=True)
     )
-    return ClippedSum(sums, clipped=int((norms > clip_norm).sum()), non_finite=int((~finite).sum()))
+    return ClippedSum(sums, clipped=int(((norms > clip_norm) & finite).sum()), non_finite=int((~finite).sum()))
+
+
+def _row_norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the float64 L2 norm of each row.
+
+    Summed in blocks: torch adds a long row's squares up in float32, which loses up to a percent of the norm at ten
+    million entries (measured), and a norm that is too small lets more than `clip_norm` through.
+    """
+    count = rows.shape[1] // _BLOCK
+    blocks = vector_norm(rows[:, : count * _BLOCK].unflatten(1, (count, _BLOCK)), dim=2)
+    rest = vector_norm(rows[:, count * _BLOCK :], dim=1, keepdim=True)
+    return torch.cat([blocks, rest], dim=1).double().norm(dim=1)

@@ -42,6 +42,14 @@ class LocalTraining(Frozen):
         "gradients is divided by expected_batch_size, whatever was drawn",
     )
     optimizer: Optimizer = SGD()
+    learning_rate_decay: Literal["none", "linear"] = Field(
+        default="none",
+        description="linear: round t of T trains at (T - t + 1) / T of the learning rate; late noise moves less",
+    )
+
+    def learning_rate_factor(self, round_number: int, rounds: int) -> float:
+        """Return what multiplies the learning rate in a round (from 1)."""
+        return 1.0 if self.learning_rate_decay == "none" else (rounds - round_number + 1) / rounds
 
 
 class Federation(Frozen):

@@ -121,3 +121,10 @@ def test_sweeps_expand_to_every_combination() -> None:
     jobs = split_sweep(["strategy=fedit,ffa_lora", "seed=0,1", "name=x"])
     assert len(jobs) == 4
     assert ("strategy=ffa_lora", "seed=1", "name=x") in jobs
+
+
+def test_learning_rate_decay_ends_above_zero() -> None:
+    local = compose_experiment(["federation.local.learning_rate_decay=linear"]).federation.local
+    assert [local.learning_rate_factor(number, 4) for number in (1, 2, 3, 4)] == [1.0, 0.75, 0.5, 0.25]
+    constant = compose_experiment(["federation.local.learning_rate_decay=none"]).federation.local
+    assert constant.learning_rate_factor(4, 4) == 1.0
