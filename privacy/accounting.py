@@ -71,7 +71,7 @@ def _epsilon(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
 
 
 def grid_of(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
-    """Return the grid that `epsilon_of` uses: the coarsest whose ε moves by less than one percent when halved."""
+    """Return the grid that `epsilon_of` uses: the coarsest that moved ε by less than one percent when it was halved to."""
     parameters = tuple((mechanism.sampling_rate, mechanism.noise_multiplier) for mechanism in merged)
     return _converged_interval(parameters, _power_of_two(max(mechanism.steps for mechanism in merged)), delta)
 
@@ -95,7 +95,7 @@ def _converged_interval(parameters: tuple[tuple[float, float], ...], steps: int,
     while interval > _FINEST_GRID:
         finer = epsilon_on_grid(merged, delta, interval / 2)
         if abs(epsilon - finer) <= _TOLERANCE * finer:
-            return interval
+            return interval / 2
         interval, epsilon = interval / 2, finer
     return interval
 

@@ -106,7 +106,7 @@ class FlowerProcesses:
         """End every process of this test: those started here, and those that they started."""
         for chosen in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + 8
-            while (alive := self._alive()) and time.monotonic() < deadline:
+            while (alive := self.alive()) and time.monotonic() < deadline:
                 for process in alive:
                     with suppress(ProcessLookupError, PermissionError):
                         os.kill(process, chosen)
@@ -114,7 +114,8 @@ class FlowerProcesses:
                 for started in self._started:
                     started.poll()
 
-    def _alive(self) -> list[int]:
+    def alive(self) -> list[int]:
+        """Return the processes that were given this test's Flower home, whoever started them."""
         mark = f"FLWR_HOME={self.flower_home}".encode()
         found: list[int] = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -138,4 +139,4 @@ def flower(tmp_path: Path) -> Iterator[FlowerProcesses]:
         yield processes
     finally:
         processes.stop()
-        assert not processes._alive()
+        assert not processes.alive()

@@ -21,7 +21,7 @@ def echo_app() -> ClientApp:
         if context.node_config["name"] == "broken":
             raise RuntimeError("record 17 reads: patient has")
         calls = context.state.config_records.setdefault("calls", ConfigRecord({"count": 0}))
-        calls["count"] = int(calls["count"]) + 1
+        calls["count"] = int(str(calls["count"])) + 1
         given = message.content.config_records["task"]
         seen = given["word"]
         given["word"] = f"changed by {context.node_id}"

@@ -69,7 +69,7 @@ def test_an_example_that_is_bad_in_one_tensor_is_out_of_all() -> None:
 def test_a_long_gradient_is_clipped_as_exactly_as_a_short_one(size: int) -> None:
     """Three million equal squares summed one by one in float32 come out 0.1 % short, and too much gets through."""
     result = clipped_sum([torch.full((2, size), 0.1)], 1.0)
-    assert float(result.sums[0].double().norm()) == pytest.approx(2.0, rel=1e-6)
+    assert float(result.sums[0].double().norm()) == pytest.approx(2.0, rel=5e-6)
     assert result.clipped == 2
 
 

@@ -1,0 +1,94 @@
+"""One object from which rate, noise, clip norm and δ come."""
+
+import math
+from typing import Any
+
+import pytest
+
+from conf.schema.federation import LocalTraining
+from conf.schema.privacy import ExampleLevel, NoPrivacy
+from privacy.accounting import ACCOUNTANT, SubsampledGaussian, epsilon_of
+from privacy.calibration import calibrate_noise
+from privacy.plan import PrivacyPlan, build_plan, default_delta
+from protocol.errors import PrivacyError
+
+LOCAL = LocalTraining(steps=4, expected_batch_size=50)
+
+
+def plan(privacy: ExampleLevel | NoPrivacy | None = None, **options: Any) -> PrivacyPlan:
+    given = {"rounds": 5, "published_records": 1000, "num_records": 1000, **options}
+    return build_plan(privacy or ExampleLevel(noise_multiplier=1.0), LOCAL, **given)
+
+
+def test_the_rate_and_the_normalizer_are_public_numbers() -> None:
+    """The true count changes nothing that could be observed."""
+    plans = [plan(num_records=count) for count in (1, 999, 1000, 1001)]
+    assert all(each == plans[0] for each in plans)
+    assert plans[0].sampling.rate == 0.05
+    assert plans[0].normalizer == 50
+    assert (plans[0].steps_per_round, plans[0].rounds) == (4, 5)
+
+
+def test_delta_is_a_tenth_of_one_over_n() -> None:
+    assert plan().delta == default_delta(1000) == pytest.approx(1e-4)
+    assert plan(published_records=300, num_records=300).delta == pytest.approx(1 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("asked", "site", "expected"), [(1e-5, None, 1e-5), (1e-5, 1e-6, 1e-6), (1e-6, 1e-5, 1e-6), (None, 1e-7, 1e-7)]
+)
+def test_the_smaller_delta_wins(asked: float | None, site: float | None, expected: float) -> None:
+    assert plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=site).delta == expected
+
+
+def test_a_site_delta_costs_more_noise() -> None:
+    private = ExampleLevel(target_epsilon=2.0, delta=1e-5)
+    assert plan(private, site_delta=1e-7).noise_multiplier > plan(private).noise_multiplier
+
+
+@pytest.mark.parametrize(("published", "true"), [(1000, 400), (400, 1000)])
+def test_a_delta_of_one_over_n_is_refused(published: int, true: int) -> None:
+    """The smaller count decides: published counts may be rounded up."""
+    for delta in (1 / 400, 0.1):
+        with pytest.raises(
+            PrivacyError,
+            match=rf"privacy\.delta={delta:.3g} is not below 1/n=0\.0025 of this site's 400 records: publishing one "
+            r"record in the clear would keep such a promise; use at most 0\.00025, or null",
+        ):
+            plan(ExampleLevel(noise_multiplier=1.0, delta=delta), published_records=published, num_records=true)
+    assert plan(ExampleLevel(noise_multiplier=1.0, delta=0.00249), published_records=published, num_records=true)
+
+
+def test_a_batch_larger_than_the_site_is_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"the sampling rate is 1\.25.*lower federation\.local\.expected_batch_size"):
+        plan(published_records=40, num_records=40)
+
+
+def test_a_target_is_calibrated_for_all_rounds_together() -> None:
+    made = plan(ExampleLevel(target_epsilon=3.0, clip_norm=0.7))
+    assert made.noise_multiplier == calibrate_noise(3.0, 1e-4, 0.05, 20)
+    assert made.epsilon([made.mechanism(4)] * 5) <= 3.0
+    assert made.epsilon([made.mechanism(4)] * 5) > 2.99
+    assert made.epsilon([made.mechanism(4)] * 6) > 3.0
+
+
+def test_a_given_multiplier_is_taken_as_it_is() -> None:
+    made = plan(ExampleLevel(noise_multiplier=1.25, clip_norm=0.4))
+    assert made.mechanism(7) == SubsampledGaussian(0.05, 1.25, 7)
+    assert made.noise.standard_deviation == 1.25 * 0.4
+    assert made.epsilon([made.mechanism(7)]) == epsilon_of([made.mechanism(7)], 1e-4)
+    assert (made.is_private, made.accountant, made.unit) == (True, ACCOUNTANT, "one record")
+
+
+def test_neither_target_nor_multiplier_is_refused() -> None:
+    with pytest.raises(PrivacyError, match=r"give privacy\.target_epsilon or privacy\.noise_multiplier; neither is set"):
+        plan(ExampleLevel())
+
+
+def test_without_privacy_nothing_is_promised() -> None:
+    made = plan(NoPrivacy())
+    assert (made.is_private, made.delta, made.accountant, made.unit) == (False, None, "none", "none")
+    assert made.epsilon([made.mechanism(1)]) == math.inf
+    assert made.noise.standard_deviation == 0.0
+    assert (made.clip_norm, made.noise_multiplier) == (math.inf, 0.0)
+    assert (made.sampling.rate, made.normalizer) == (0.05, 50)

@@ -1,0 +1,56 @@
+"""Simulated sites: what they say in public, and that their budgets fit the experiment."""
+
+from pathlib import Path
+
+import pytest
+
+from conf.compose import compose_experiment
+from privacy.accounting import SubsampledGaussian, epsilon_of
+from protocol.errors import ConfigError
+from simulations.population import build_population, nth_site, published_count, site_file
+
+
+@pytest.mark.parametrize(
+    ("records", "published"), [(1, 1), (9, 9), (99, 99), (104, 100), (1249, 1200), (1250, 1200), (3000, 3000)]
+)
+def test_published_counts_keep_two_digits(records: int, published: int) -> None:
+    assert published_count(records) == published
+
+
+def test_neighboring_sites_publish_the_same_count() -> None:
+    assert published_count(1200) == published_count(1201)
+
+
+def test_the_population_is_the_training_part_of_the_data() -> None:
+    population = build_population(compose_experiment())
+    assert list(population.parts) == ["eastfield", "harbor", "millbrook", "northgate"]
+    assert {row["split"] for rows in population.parts.values() for row in rows} == {"train"}
+    assert {row["split"] for row in population.heldout} == {"heldout"}
+
+
+def test_budget_is_the_target_or_what_the_noise_costs_or_what_is_set() -> None:
+    target = site_file(compose_experiment(["privacy.target_epsilon=3"]), "s", 1200, Path("x")).budget
+    assert target is not None
+    assert (target.epsilon, target.delta) == (3.0, pytest.approx(1 / 12_000))
+    noise = compose_experiment(["privacy.target_epsilon=null", "privacy.noise_multiplier=1.0", "federation.rounds=5"])
+    budget = site_file(noise, "s", 1200, Path("x")).budget
+    assert budget is not None
+    local = noise.federation.local
+    steps = 5 * local.steps
+    executed = SubsampledGaussian(local.expected_batch_size / 1200, 1.0, steps)
+    assert budget.epsilon == epsilon_of([executed], budget.delta)
+    own = site_file(compose_experiment(["federation.site_epsilon=0.5"]), "s", 1200, Path("x")).budget
+    assert own is not None
+    assert own.epsilon == 0.5
+    assert site_file(compose_experiment(["privacy=none"]), "s", 1200, Path("x")).budget is None
+
+
+def test_simulated_sites_release_only_what_the_owner_configured() -> None:
+    assert not site_file(compose_experiment(), "s", 10, Path("x")).policy.release_training_loss
+    released = compose_experiment(["federation.release_training_loss=true"])
+    assert site_file(released, "s", 10, Path("x")).policy.release_training_loss
+
+
+def test_a_node_beyond_the_sites_says_how_many_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"simulates node 5, the experiment has 4 sites.*num-supernodes=4"):
+        nth_site(compose_experiment(), 4, tmp_path)
