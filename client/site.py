@@ -78,7 +78,9 @@ class Site:
         return RoundWork(self.file, lambda: self.state, self._adapted, self._examples)
 
     def _training_rows(self) -> Sequence[Row]:
-        return split_rows(read_rows(self.file.data.source), self.file.data, seed=0)[0]
+        """Return the site's records; only a split column keeps some of them out of training."""
+        rows = read_rows(self.file.data.source)
+        return rows if self.file.data.split_column is None else split_rows(rows, self.file.data, seed=0)[0]
 
     def _model(self, plan: ClientPlan) -> Model:
         """Return the plan's model, at this site's own path where the file gives one."""
