@@ -6,6 +6,7 @@ never code.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from conf.schema.model import Model
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example, TokenizedRows, tokenize_rows
-from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.datasets import Row, limit_rows, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
 from protocol.errors import ConfigError, DataError
@@ -79,8 +80,11 @@ class Site:
 
     def _training_rows(self) -> Sequence[Row]:
         """Return the site's records; only a split column keeps some of them out of training."""
-        rows = read_rows(self.file.data.source)
-        return rows if self.file.data.split_column is None else split_rows(rows, self.file.data, seed=0)[0]
+        data = self.file.data
+        rows = read_rows(data.source)
+        if data.split_column is None:
+            return limit_rows(rows, data.max_records, random.Random(0))
+        return split_rows(rows, data, seed=0)[0]
 
     def _model(self, plan: ClientPlan) -> Model:
         """Return the plan's model, at this site's own path where the file gives one."""

@@ -24,7 +24,7 @@ from protocol.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Row", "cell", "check_columns", "nearest", "read_rows", "split_rows"]
+__all__ = ["Row", "cell", "check_columns", "limit_rows", "nearest", "read_rows", "split_rows"]
 
 Row = Mapping[str, object]
 
@@ -81,9 +81,7 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
             other values occur.
     """
     draw = random.Random(seed)
-    chosen = list(rows)
-    if config.max_records is not None and len(chosen) > config.max_records:
-        chosen = [chosen[index] for index in sorted(draw.sample(range(len(chosen)), config.max_records))]
+    chosen = limit_rows(rows, config.max_records, draw)
     if config.split_column is not None:
         return _split_by_column(chosen, config, config.split_column)
     is_heldout = [draw.random() < config.heldout_fraction for _ in chosen]
@@ -93,6 +91,13 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
         is_heldout = [False]
     train = [row for row, held in zip(chosen, is_heldout, strict=True) if not held]
     return train, [row for row, held in zip(chosen, is_heldout, strict=True) if held]
+
+
+def limit_rows(rows: Sequence[Row], most: int | None, draw: random.Random) -> list[Row]:
+    """Return all rows, or `most` of them drawn without replacement, in their order."""
+    if most is None or len(rows) <= most:
+        return list(rows)
+    return [rows[index] for index in sorted(draw.sample(range(len(rows)), most))]
 
 
 def check_columns(rows: Iterable[Row], columns: Columns) -> None:

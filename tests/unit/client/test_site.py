@@ -10,6 +10,7 @@ import torch
 from client.site import Site
 from conf.compose import compose_experiment
 from conf.schema.experiment import Experiment
+from conf.schema.site import SiteFile
 from finetuning.adapters import attach
 from finetuning.models import load_base
 from privacy.accounting import SubsampledGaussian, epsilon_of
@@ -200,3 +201,27 @@ def test_rehearsal_names_a_sequence_bound_above_the_context(make_site: Callable[
 def test_rehearsal_spends_nothing(make_site: Callable[..., Site], tmp_path: Path) -> None:
     make_site(small()).rehearse(client_plan(small(), "run"))
     assert not (tmp_path / "state").exists()
+
+
+def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    rows = [{"prompt": "a", "completion": f" {n}", "split": "train" if n % 2 else "heldout"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def records(**data: object) -> int:
+        columns = {"kind": "prompt_completion"}
+        file = SiteFile.model_validate(
+            {
+                "name": "s",
+                "published_records": 40,
+                "data": {"source": {"path": str(path)}, "columns": columns, **data},
+                "state_directory": str(tmp_path / "state"),
+            }
+        )
+        plan = client_plan(small(), "run")
+        site = Site(file)
+        return len(site._examples(plan, site._adapted(plan)))
+
+    assert records() == 40
+    assert records(max_records=7) == 7
+    assert records(split_column="split") == 20
