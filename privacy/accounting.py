@@ -71,7 +71,7 @@ def _epsilon(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
 
 
 def grid_of(merged: tuple[SubsampledGaussian, ...], delta: float) -> float:
-    """Return the grid that `epsilon_of` uses: the coarsest that moved ε by less than one percent when it was halved to."""
+    """Return the grid that `epsilon_of` uses: the first whose ε is within one percent of that of twice the interval."""
     parameters = tuple((mechanism.sampling_rate, mechanism.noise_multiplier) for mechanism in merged)
     return _converged_interval(parameters, _power_of_two(max(mechanism.steps for mechanism in merged)), delta)
 

@@ -37,7 +37,8 @@ def digest(tensors: NamedTensors) -> str:
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        # The length keeps a name from spelling out another tensor.
+        state.update(f"{len(name)}|{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         state.update(tensor.numpy().tobytes())
     return state.hexdigest()
 

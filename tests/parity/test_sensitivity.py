@@ -1,4 +1,4 @@
-"""What one record can do to the sum that is noised: at most the clip norm, whatever the record and its neighbors are."""
+"""What one record can do to the sum that is noised: at most the clip norm, whatever its neighbors are."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -18,6 +18,7 @@ from transformers import (
 
 from conf.schema.model import Model
 from conf.schema.task import CausalLM, Classification
+from finetuning import models
 from finetuning.models import base_digest, load_base, load_tokenizer, pick_device
 from protocol.errors import ModelError
 
@@ -26,6 +27,12 @@ ENCODERS = ("bert", "roberta")
 LABELS = Classification(labels=("left", "middle", "right"))
 IDS = torch.tensor([[9, 31, 77, 102, 250, 6]])
 TinyModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_loaded() -> None:
+    """A base that another test attached an adapter to is no fresh base."""
+    models._load.cache_clear()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -103,7 +110,9 @@ def test_a_base_is_loaded_once_per_process(tiny_model: TinyModel) -> None:
     assert load_base(model, LABELS, "cpu") is not base
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_dtype_is_honored(family: str, name: str, dtype: torch.dtype, tiny_model: TinyModel) -> None:
     base = load_base(Model(path=str(tiny_model(family)), dtype=name), CausalLM(), "cpu")  # type: ignore[arg-type]
@@ -114,7 +123,9 @@ def test_the_dtype_is_honored(family: str, name: str, dtype: torch.dtype, tiny_m
 
 def test_cuda_is_refused_where_there_is_none(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelError, match=r"runtime.device=cuda, but torch sees no CUDA device; use runtime.device=auto"):
+    with pytest.raises(
+        ModelError, match=r"runtime.device=cuda, but torch sees no CUDA device; use runtime.device=auto"
+    ):
         load_base(Model(path=str(tiny_model("llama"))), CausalLM(), "cuda")
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -168,7 +179,9 @@ def test_a_missing_folder(path: str, offline_hub: Path) -> None:
 
 
 def test_an_unknown_embedded_name() -> None:
-    with pytest.raises(ModelError, match=r"unknown embedded name 'embedded:clinic-bass'; known names: embedded:clinic-"):
+    with pytest.raises(
+        ModelError, match=r"unknown embedded name 'embedded:clinic-bass'; known names: embedded:clinic-"
+    ):
         load_base(Model(path="embedded:clinic-bass"), CausalLM(), "cpu")
 
 

@@ -90,7 +90,9 @@ def test_a_parameter_that_took_no_part_is_named() -> None:
     """Without this its gradient would be taken for zero, or one of the step before."""
     network = nn.ModuleDict({"used": nn.Linear(2, 1, bias=False), "idle": nn.Linear(2, 1, bias=False)})
     rule = OpacusGradients(PLAN, network, dict(network.named_parameters()), SecureStream.insecure(0))
-    with pytest.raises(PrivacyError, match=r"idle\.weight left no gradient per example \(3 examples\); set privacy\.per_"):
+    with pytest.raises(
+        PrivacyError, match=r"idle\.weight left no gradient per example \(3 examples\); set privacy\.per_"
+    ):
         rule.accumulate(network["used"](torch.ones(3, 2))[:, 0])
     rule.close()
 

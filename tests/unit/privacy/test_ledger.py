@@ -91,7 +91,9 @@ def test_entries_survive_the_process(path: Path) -> None:
     assert second.spent() == pytest.approx(COST[1])
     second.close()
     with sqlite3.connect(path) as connection:
-        row = connection.execute("SELECT at, run, round, sampling_rate, noise_multiplier, steps FROM entries").fetchone()
+        row = connection.execute(
+            "SELECT at, run, round, sampling_rate, noise_multiplier, steps FROM entries"
+        ).fetchone()
     assert row == ("2030-01-02T00:00:00+00:00", "run", 1, 0.05, 1.0, 10)
 
 

@@ -81,7 +81,9 @@ def test_a_given_multiplier_is_taken_as_it_is() -> None:
 
 
 def test_neither_target_nor_multiplier_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"give privacy\.target_epsilon or privacy\.noise_multiplier; neither is set"):
+    with pytest.raises(
+        PrivacyError, match=r"give privacy\.target_epsilon or privacy\.noise_multiplier; neither is set"
+    ):
         plan(ExampleLevel())
 
 
