@@ -60,14 +60,15 @@ def preview(
     """Print tokenized examples (learned tokens in ⟦green⟧), their lengths, and who holds what."""
     from conf.compose import compose_experiment
     from finetuning.batches import tokenize_rows
-    from finetuning.datasets import read_rows
     from finetuning.models import load_tokenizer
-    from simulations.partition import partition, plot_partition, who_holds_what
+    from simulations.partition import plot_partition, who_holds_what
+    from simulations.population import build_population
 
     experiment = compose_experiment(overrides or [])
     config, labels = experiment.data, experiment.task.labels
-    parts = partition(read_rows(config.source), config.partition, experiment.seed)
-    train, heldout = _split(parts, site, config, experiment.seed)
+    population = build_population(experiment)
+    parts = _chosen(population.parts, site)
+    train = [row for rows in parts.values() for row in rows]
     tokenizer = load_tokenizer(experiment.model)
     tokenized = tokenize_rows(
         train,
@@ -87,15 +88,16 @@ def preview(
         console.print(rendered_legend())
     console.print()
     where = f"site {site}" if site is not None else f"{len(parts)} sites"
-    console.print(Text(f"{where}: {len(train)} training records, {len(heldout)} held out", style="bold"))
+    sizes = f"{len(train)} training records, {len(population.heldout)} held out in all"
+    console.print(Text(f"{where}: {sizes}", style="bold"))
     for sentence in tokenized.report.sentences():
         console.print(Text(f"  {sentence}"))
     console.print(length_histogram([len(example) for example in tokenized.examples]))
     column = _telling_column(config)
-    held = who_holds_what(parts, column)
+    held = who_holds_what(population.parts, column)
     console.print(rendered_holdings(column, held.sites, held.values, held.counts))
     if plot is not None:
-        console.print(Text(f"wrote {plot_partition(parts, column, plot)}"))
+        console.print(Text(f"wrote {plot_partition(population.parts, column, plot)}"))
 
 
 def rendered_example(title: str, runs: Iterable[tuple[str, bool]]) -> RenderableType:
@@ -182,23 +184,19 @@ def _decoded_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
     ]
 
 
-def _split(
-    parts: Mapping[str, list[Row]], site: str | None, config: DataConfig, seed: int
-) -> tuple[list[Row], list[Row]]:
-    from finetuning.datasets import nearest, split_rows
+def _chosen(parts: Mapping[str, Sequence[Row]], site: str | None) -> Mapping[str, Sequence[Row]]:
+    from finetuning.datasets import nearest
     from protocol.errors import DataError
 
-    if site is not None and site not in parts:
+    if site is None:
+        return parts
+    if site not in parts:
         raise DataError(f"no site {site!r}{nearest(site, parts)}; sites: {', '.join(list(parts)[:20])}; change --site")
-    chosen = parts.values() if site is None else (parts[site],)
-    halves = [split_rows(rows, config, seed) for rows in chosen]
-    return [row for train, _ in halves for row in train], [row for _, heldout in halves for row in heldout]
+    return {site: parts[site]}
 
 
 def _telling_column(config: DataConfig) -> str | None:
     """Return the column whose values show best how sites differ."""
     if config.partition.kind == "dirichlet":
         return config.partition.label
-    if config.columns.kind == "labelled":
-        return config.columns.label
-    return config.split_column
+    return config.columns.label if config.columns.kind == "labelled" else None

@@ -34,6 +34,10 @@ def simulate_command(
 
     console = Console(highlight=False)
     if repeat is not None:
+        if multirun:
+            from protocol.errors import ConfigError
+
+            raise ConfigError("--from repeats one run as it was; leave out -m")
         _run_once(_stored(repeat, overrides or []), console)
         return
     if not multirun:

@@ -19,7 +19,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     final = summary["final"]
     metric = final["metric"] if final else "quality"
     table = Table(title=f"{metric} on held-out records", title_justify="left")
-    for heading in ("site", "base", "federated", "ε spent", "of", "δ", "sent", "received"):
+    for heading in ("site", "base", "tuned", "ε", "of", "δ", "sent", "received"):
         table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
     for name, site in summary["sites"].items():
         quality, privacy = site["quality"] or {}, site["privacy"] or {}
@@ -29,7 +29,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
             quality_text(metric, quality.get("last")),
             epsilon_text(privacy.get("epsilon_run") if privacy.get("delta") else None),
             epsilon_text(privacy.get("epsilon_budget")),
-            f"{privacy['delta']:.1e}" if privacy.get("delta") else "–",
+            f"{privacy['delta']:.0e}" if privacy.get("delta") else "–",
             byte_text(site["bytes"]["up"]),
             byte_text(site["bytes"]["down"]),
         )
@@ -41,7 +41,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         quality_text(metric, final["value"] if final else None),
         epsilon_text(privacy["epsilon"]),
         "",
-        f"{privacy['delta']:.1e}" if privacy["delta"] else "–",
+        f"{privacy['delta']:.0e}" if privacy["delta"] else "–",
         byte_text(summary["bytes"]["up"]),
         byte_text(summary["bytes"]["down"]),
         style="bold",

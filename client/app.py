@@ -71,14 +71,14 @@ def _handled(site: Site, message: Message) -> Reply:
     try:
         return site.handle(record_to_instruction(message.content))
     except SiteRefusal as refusal:
-        return _failure(site, refusal.code, str(refusal))
+        return _refused(site, refusal.code, str(refusal))
     except CloisterError as error:
-        # The message names data or paths, so it stays here; the server learns the kind of problem.
+        # The message names data or paths, and even its type may tell something of the records: it stays here.
         _log.error("site %s: %s", site.file.name, error)
-        return _failure(site, "site_error", f"{type(error).__name__}; the site's own log says more")
-    except Exception as error:
+        return _failure(site)
+    except Exception:
         _log.exception("site %s failed", site.file.name)
-        return _failure(site, "site_crash", f"{type(error).__name__}; the site's own log says more")
+        return _failure(site)
 
 
 def _no_site(message: Message, context: Context, error: Exception) -> Message:
@@ -94,7 +94,12 @@ def _opened(path: str) -> Site:
     return open_site(Path(path))
 
 
-def _failure(site: Site, code: str, reason: str) -> Reply:
+def _failure(site: Site) -> Reply:
+    """Return the one answer to whatever breaks at a site."""
+    return _refused(site, "site_error", "the site could not do it; its own log says why")
+
+
+def _refused(site: Site, code: str, reason: str) -> Reply:
     return Reply(ReplyHeader(status="refused", site=site.file.name, round=0, plan_digest="", code=code, reason=reason))
 
 

@@ -24,10 +24,8 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
             f"{plan.local.steps} steps per round are above this site's policy.max_steps_per_round="
             f"{policy.max_steps_per_round}",
         )
-    if policy.allowed_bases is not None and header.base_digest not in policy.allowed_bases:
-        raise SiteRefusal(
-            "base_not_allowed", f"base {header.base_digest[:12]} is not in this site's policy.allowed_bases"
-        )
+    if plan.task != site.task:
+        raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
     if plan.privacy.kind == "none":
         if not policy.allow_no_privacy:
             raise SiteRefusal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class RoundWork:
     file: SiteFile
     state: Callable[[], SiteState]
     adapted: Callable[[ClientPlan], AdaptedModel]
-    examples: Callable[[ClientPlan, AdaptedModel], Sequence[Example]]
+    examples: Callable[[AdaptedModel], Sequence[Example]]
 
 
 def answer(instruction: Instruction, work: RoundWork) -> Reply:
@@ -55,7 +56,7 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
     adapted = work.adapted(plan)
     trained_names = build_strategy(plan.strategy).trained(adapted.names)
     start = _starting_adapter(instruction, adapted, trained_names)
-    examples = work.examples(plan, adapted)
+    examples = work.examples(adapted)
     privacy = _privacy_plan(plan, work.file, len(examples))
     ledger = work.state().ledger
 
@@ -74,8 +75,8 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
             plan_digest=header.plan_digest,
             base_digest=adapted.base.digest,
             adapter_digest=header.adapter_digest,
-            privacy=_statement(privacy, ledger, plan, header.round),
-            metrics={"training_loss": diagnostics.mean_loss} if work.file.policy.release_training_loss else {},
+            privacy=_statement(privacy, ledger, plan),
+            metrics=_released(diagnostics, work.file),
         ),
         update,
     )
@@ -89,7 +90,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     """
     adapted = work.adapted(plan)
     trained_names = build_strategy(plan.strategy).trained(adapted.names)
-    privacy = _privacy_plan(plan, work.file, len(work.examples(plan, adapted)))
+    privacy = _privacy_plan(plan, work.file, len(work.examples(adapted)))
     per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
     trained = adapted.train_only(trained_names)
     gradient_rule(privacy, per_example, adapted.network, trained, SecureStream.from_operating_system()).close()
@@ -161,7 +162,8 @@ def _run_steps(
     header, plan = instruction.header, instruction.header.plan
     trained = adapted.train_only(trained_names)
     per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
-    rule = gradient_rule(privacy, per_example, adapted.network, trained, _stream(plan, work.file.name, header.round))
+    stream = _stream(plan, work.file.name, header.round, examples)
+    rule = gradient_rule(privacy, per_example, adapted.network, trained, stream)
     try:
         diagnostics = train_locally(
             adapted,
@@ -170,7 +172,7 @@ def _run_steps(
             build_objective(plan.task),
             rule,
             plan.local,
-            seed=_dropout_seed(plan, work.file.name, header.round),
+            seed=_dropout_seed(stream),
             micro_batch_tokens=work.file.runtime.micro_batch_tokens,
             learning_rate_factor=plan.local.learning_rate_factor(header.round, plan.rounds),
         )
@@ -180,29 +182,48 @@ def _run_steps(
     return diagnostics
 
 
-def _stream(plan: ClientPlan, site: str, round_number: int) -> SecureStream:
-    """Return the randomness of sampling and noise: the operating system's, unless a simulation asks to be repeatable.
+def _stream(plan: ClientPlan, site: str, round_number: int, examples: Sequence[Example]) -> SecureStream:
+    """Return the randomness of sampling, noise and dropout: the operating system's, unless it is to be repeatable.
 
-    Without privacy there is nothing to hide, and a run is repeatable.
+    A repeatable stream is bound to everything that makes the run: other settings or other records get other noise, or
+    the difference of two runs would be free of it. Without privacy there is nothing to hide, and a run is repeatable.
     """
     seed = plan.privacy.insecure_seed if isinstance(plan.privacy, ExampleLevel) else plan.adapter_seed
-    return SecureStream.from_operating_system() if seed is None else SecureStream.insecure(seed, site, round_number)
+    if seed is None:
+        return SecureStream.from_operating_system()
+    settings = plan.model_copy(update={"run": "any"}).digest
+    return SecureStream.insecure(seed, site, round_number, settings, _fingerprint(examples))
 
 
-def _dropout_seed(plan: ClientPlan, site: str, round_number: int) -> int:
-    return (
-        int.from_bytes(hashlib.sha256(f"{plan.adapter_seed}|{site}|{round_number}".encode()).digest()[:8], "big") >> 1
-    )
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """Return the SHA-256 (hex) of a site's tokenized records, in order. It never leaves the site."""
+    state = hashlib.sha256()
+    for example in examples:
+        state.update(f"|{len(example)}|{example.label}|".encode())
+        state.update(example.input_ids.tobytes() + example.trained.tobytes())
+    return state.hexdigest()
 
 
-def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan, round_number: int) -> PrivacyStatement:
+def _dropout_seed(stream: SecureStream) -> int:
+    """Return a seed that nobody knows.
+
+    Which mask a record meets depends on the others in its batch. Secret masks are independent of each other whatever
+    was drawn, so the sensitivity bound holds for each of them; with a public seed it would not.
+    """
+    return int(stream.uniform(1)[0] * 2**53)
+
+
+def _released(diagnostics: TrainingDiagnostics, file: SiteFile) -> dict[str, float]:
+    """Return the metrics that the site's policy lets out; by default none."""
+    if not file.policy.release_training_loss or not math.isfinite(diagnostics.mean_loss):
+        return {}
+    return {"training_loss": diagnostics.mean_loss}
+
+
+def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan) -> PrivacyStatement | None:
+    """Return what the site's protection costs so far; None where nothing is promised."""
     if not privacy.is_private or ledger is None:
-        return PrivacyStatement(
-            unit=privacy.unit,
-            relation=privacy.relation,
-            sampling_rate=privacy.sampling.rate,
-            steps_executed=round_number * privacy.steps_per_round,
-        )
+        return None
     booked = ledger.mechanisms(plan.run)
     return PrivacyStatement(
         unit=privacy.unit,

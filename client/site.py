@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from client.rounds import RoundWork, answer, rehearse
 from client.state import SiteState
-from conf.schema.model import Model
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example, TokenizedRows, tokenize_rows
@@ -43,7 +42,7 @@ class Site:
         """
         self.file = file
         self._read = rows or self._training_rows
-        self._tokenized: dict[tuple[object, ...], TokenizedRows] = {}
+        self._tokenized: TokenizedRows | None = None
         if file.runtime.threads is not None:
             torch.set_num_threads(file.runtime.threads)
 
@@ -86,23 +85,19 @@ class Site:
             return limit_rows(rows, data.max_records, random.Random(0))
         return split_rows(rows, data, seed=0)[0]
 
-    def _model(self, plan: ClientPlan) -> Model:
-        """Return the plan's model, at this site's own path where the file gives one."""
-        own = self.file.model_path
-        return plan.model if own is None else plan.model.model_copy(update={"path": own, "revision": None})
-
     def _adapted(self, plan: ClientPlan) -> AdaptedModel:
-        base = load_base(self._model(plan), plan.task, self.file.runtime.device)
-        return attach(base, plan.peft, plan.task)
+        # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
+        model = plan.model.model_copy(update={"path": self.file.model_path, "revision": None})
+        base = load_base(model, self.file.task, self.file.runtime.device)
+        return attach(base, plan.peft, self.file.task)
 
-    def _examples(self, plan: ClientPlan, adapted: AdaptedModel) -> Sequence[Example]:
-        key = (adapted.base.digest, plan.task)
-        if key not in self._tokenized:
-            self._tokenized[key] = tokenize_site(self.file, self._read(), plan, adapted)
-        return self._tokenized[key].examples
+    def _examples(self, adapted: AdaptedModel) -> Sequence[Example]:
+        if self._tokenized is None:
+            self._tokenized = tokenize_site(self.file, self._read(), adapted)
+        return self._tokenized.examples
 
 
-def tokenize_site(file: SiteFile, rows: Sequence[Row], plan: ClientPlan, adapted: AdaptedModel) -> TokenizedRows:
+def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) -> TokenizedRows:
     """Return the site's records as examples.
 
     Raises:
@@ -124,7 +119,7 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], plan: ClientPlan, adapted
         max_length=wanted or context,
         train_on=file.data.train_on,
         truncation=file.data.truncation,
-        labels=plan.task.labels,
+        labels=file.task.labels,
     )
 
 

@@ -33,7 +33,17 @@ _R = TypeVar("_R")
 _log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
-_IDENTITY = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.*", "merges.txt", "*.model")
+_SPECIAL = ("special_tokens_map.json", "added_tokens.json")
+_IDENTITY = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    *_SPECIAL,
+)
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _HEAD_SEED = 0
 """Layers that the checkpoint lacks start from this seed, so that they are the same at every site."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 from scipy.optimize import root_scalar
@@ -14,6 +15,8 @@ __all__ = ["calibrate_noise"]
 
 _LEAST, _MOST = 0.2, 1000.0
 _PRECISION = 1e-3
+_STRIDE = 1.6
+_SEARCH_GRID = 10 * COARSEST_GRID
 
 
 @lru_cache(maxsize=256)
@@ -30,26 +33,34 @@ def calibrate_noise(target_epsilon: float, delta: float, sampling_rate: float, s
         # Far too much noise costs 0 exactly; the logarithms below need a floor.
         return max(epsilon_on_grid((SubsampledGaussian(sampling_rate, noise, steps),), delta, grid), 1e-9)
 
-    if cost(_LEAST, COARSEST_GRID) <= target_epsilon:
-        return _LEAST
-    if cost(_MOST, COARSEST_GRID) > target_epsilon:
+    grid, bracket = _SEARCH_GRID, _bracket(lambda noise: cost(noise, _SEARCH_GRID), target_epsilon)
+    if bracket is None:  # a coarse grid overstates a small ε; ask a finer one before giving up
+        grid, bracket = COARSEST_GRID, _bracket(lambda noise: cost(noise, COARSEST_GRID), target_epsilon)
+    if bracket is None:
         raise PrivacyError(
             f"target_epsilon={target_epsilon} at delta={delta} is too small for {steps} steps at sampling rate "
             f"{sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε or fewer steps"
         )
+    low, high = bracket
+    if low == high:
+        return _LEAST
+
+    aim = target_epsilon * (1 - _PRECISION / 3)  # a little below, so that the next finer grid seldom says "too much"
 
     def root(low: float, high: float, grid: float) -> float:
         # ln ε is nearly linear in ln σ, so a bracketing secant method needs few of the expensive evaluations.
         def excess(log_noise: float) -> float:
-            return math.log(cost(math.exp(log_noise), grid) / target_epsilon)
+            return math.log(cost(math.exp(log_noise), grid) / aim)
 
         bracket = (math.log(low), math.log(high))
         return math.exp(root_scalar(excess, method="brentq", bracket=bracket, xtol=_PRECISION / 10).root)
 
-    grid, noise = COARSEST_GRID, root(_LEAST, _MOST, COARSEST_GRID)
+    noise = root(low, high, grid)
     # A coarse grid overstates ε, sometimes several times: search again on the grid that the accountant will use.
     while (finer := grid_of((SubsampledGaussian(sampling_rate, noise, steps),), delta)) < grid:
         grid, low = finer, noise
+        if target_epsilon * (1 - _PRECISION) <= cost(noise, grid) <= target_epsilon:
+            break
         # ε falls at least as fast as 1/σ, so this leads below the root in one step, or nearly.
         while (reached := cost(low, grid)) <= target_epsilon:
             low *= min(reached / target_epsilon, 1 - _PRECISION)
@@ -57,6 +68,24 @@ def calibrate_noise(target_epsilon: float, delta: float, sampling_rate: float, s
     while (reached := _booked(noise, sampling_rate, steps, delta)) > target_epsilon:
         noise *= max((reached / target_epsilon) ** 0.125, 1 + _PRECISION / 10)
     return noise
+
+
+def _bracket(cost: Callable[[float], float], target_epsilon: float) -> tuple[float, float] | None:
+    """Return two noise multipliers with the answer between them; the least one twice where it is enough; else None.
+
+    Walks from 1: an evaluation costs about 1/σ², so the least noise is looked at only when nothing else is left.
+    """
+    high = 1.0
+    while cost(high) > target_epsilon:
+        high *= _STRIDE
+        if high > _MOST:
+            return None
+    low = high / _STRIDE
+    while low > _LEAST and cost(low) <= target_epsilon:
+        low, high = low / _STRIDE, low
+    if low > _LEAST:
+        return low, high
+    return (_LEAST, _LEAST) if cost(_LEAST) <= target_epsilon else (_LEAST, high)
 
 
 def _booked(noise: float, sampling_rate: float, steps: int, delta: float) -> float:

@@ -47,7 +47,9 @@ def clipped_sum(per_example: Sequence[torch.Tensor], clip_norm: float) -> Clippe
     norms = torch.stack([_row_norms(gradient) for gradient in flat]).norm(dim=0)
     finite = torch.isfinite(norms)
     factors = (clip_norm / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-    factors = torch.where(finite, factors, torch.zeros_like(factors)).to(torch.float32)
+    # A factor that float32 could only hold as a subnormal would be rounded, possibly up: the example adds nothing then.
+    usable = finite & (factors >= torch.finfo(torch.float32).tiny)
+    factors = torch.where(usable, factors, torch.zeros_like(factors)).to(torch.float32)
     if not bool(finite.all()):
         # 0 * inf is NaN: the rows themselves must go, not only their factors.
         flat = [torch.where(finite[:, None], gradient, torch.zeros_like(gradient)) for gradient in flat]

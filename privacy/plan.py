@@ -78,7 +78,8 @@ def build_plan(
         rounds: rounds of the run; the noise is calibrated for all of them together.
         published_records: the record count the site publishes; the sampling rate follows from it.
         num_records: the true count, a secret; used only to refuse a δ that is too large.
-        site_delta: the δ of the site's own budget; a larger δ asked for by the plan is lowered to it.
+        site_delta: the δ of the site's own budget, at which everything is accounted; the plan may ask for the same or
+            a larger one.
 
     Raises:
         PrivacyError: a sampling rate above 1, δ of 1/n or more, or a budget too small for a single step.
@@ -96,9 +97,7 @@ def build_plan(
             rounds=rounds,
             delta=None,
         )
-    wanted = [delta for delta in (privacy.delta, site_delta) if delta is not None]
-    delta = min(wanted) if wanted else default_delta(published_records)
-    _refuse_large_delta(delta, min(published_records, num_records))
+    delta = _agreed_delta(privacy.delta, site_delta, published_records, num_records)
     return PrivacyPlan(
         unit="one record",
         relation="add or remove one record of a site",
@@ -110,6 +109,19 @@ def build_plan(
         rounds=rounds,
         delta=delta,
     )
+
+
+def _agreed_delta(asked: float | None, site_delta: float | None, published_records: int, num_records: int) -> float:
+    """Return the one δ of the plan, its ledger and its statements: the site's own, where it has a budget."""
+    delta = site_delta if site_delta is not None else asked if asked is not None else default_delta(published_records)
+    # First what does not depend on the plan: refusing by what is asked would let a server search for n.
+    _refuse_large_delta(delta, min(published_records, num_records))
+    if asked is not None and asked < delta:
+        raise PrivacyError(
+            f"privacy.delta={asked:.3g} is below the δ={delta:.3g} at which this site keeps its budget; "
+            f"ask for {delta:.3g} or more, or null"
+        )
+    return delta
 
 
 def default_delta(published_records: int) -> float:
@@ -130,6 +142,7 @@ def _refuse_large_delta(delta: float, num_records: int) -> None:
     if delta >= bound:
         # The bound tells the record count, so it may reach only the site's own operator.
         raise PrivacyError(
-            f"privacy.delta={delta:.3g} is not below 1/n={bound:.3g} of this site's {num_records} records: publishing "
-            f"one record in the clear would keep such a promise; use at most {bound / DELTA_MARGIN:.2g}, or null"
+            f"δ={delta:.3g} (privacy.delta, or budget.delta of a site file) is not below 1/n={bound:.3g} of this "
+            f"site's {num_records} records: publishing one record in the clear would keep such a promise; use at most "
+            f"{bound / DELTA_MARGIN:.2g}, or null"
         )

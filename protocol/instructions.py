@@ -42,11 +42,14 @@ WIRE_VERSION = 1
 
 
 class ClientPlan(Frozen):
-    """The client half of an experiment: no paths, no population, no server seed."""
+    """The client half of an experiment: no data, no population, nothing about where the server runs.
+
+    A site compares the base by digest and never follows the name in `model.path`.
+    """
 
     wire_version: Literal[1] = WIRE_VERSION
     run: str = Field(min_length=1, max_length=128)
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=100_000)
     adapter_seed: int = Field(ge=0, description="of the initial adapter; public, and the same at every site")
     strategy: Strategy
     privacy: Privacy
@@ -150,7 +153,7 @@ def decode_instruction(header: str, tensors: NamedTensors) -> Instruction:
         SiteRefusal: code `malformed_instruction` when it does not decode, `plan_digest` when the plan was altered.
     """
     try:
-        decoded = InstructionHeader.model_validate_json(header)
+        decoded = InstructionHeader.model_validate_json(header, strict=True)
     except ValidationError as error:
         raise SiteRefusal("malformed_instruction", f"the instruction cannot be read: {_first(error)}") from error
     if decoded.plan.digest != decoded.plan_digest:
@@ -165,7 +168,7 @@ def decode_reply(header: str, tensors: NamedTensors) -> Reply:
         ReplyRejected: code `malformed_reply` when it does not decode.
     """
     try:
-        return Reply(ReplyHeader.model_validate_json(header), tensors)
+        return Reply(ReplyHeader.model_validate_json(header, strict=True), tensors)
     except ValidationError as error:
         raise ReplyRejected("malformed_reply", f"the reply cannot be read: {_first(error)}") from error
 

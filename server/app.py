@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ class Launch:
     heldout: Sequence[Row] | None = None
     expected_sites: int | None = None
     """How many sites must be connected; None takes `federation.expected_sites`."""
+    waits_forever: bool = False
+    """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
 
 
 def serve(grid: Grid, launch: Launch) -> Outcome:
@@ -51,7 +54,10 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
     with directory.recording():
         evaluator = build_evaluator(experiment, launch.heldout)
         expected = launch.expected_sites or experiment.federation.expected_sites
-        return run_federation(grid, experiment, evaluator, directory, observe, expected_sites=expected)
+        timeout_s = math.inf if launch.waits_forever else experiment.federation.reply_timeout_s
+        return run_federation(
+            grid, experiment, evaluator, directory, observe, expected_sites=expected, timeout_s=timeout_s
+        )
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:

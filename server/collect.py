@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from protocol.errors import ReplyRejected
-from protocol.instructions import Instruction, Reply
+from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instruction_to_record, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors, verify
 from server.cohort import Member
@@ -107,13 +107,15 @@ def _judged(
     if message.has_error():
         reason = f"Flower error {message.error.code}"
         return _unused(instruction, site, bytes_down, 0, "flower_error", reason), None
-    bytes_up = 0
+    bytes_up, stated = 0, None
     try:
         bytes_up = payload_bytes(message.content)
         reply = record_to_reply(message.content)
+        # The update was seen, so what it cost counts, whether or not it is used.
+        stated = reply.header.privacy
         _verify(reply, site, instruction, expected)
     except ReplyRejected as problem:
-        return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem)), None
+        return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None
     header = reply.header
     round_number = instruction.header.round
     return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply.tensors
@@ -135,5 +137,13 @@ def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout)
     verify(reply.tensors, expected)
 
 
-def _unused(instruction: Instruction, site: str, down: int, up: int, code: str, reason: str) -> SiteReplied:
-    return SiteReplied(instruction.header.round, site, False, down, up, code=code, reason=reason)
+def _unused(
+    instruction: Instruction,
+    site: str,
+    down: int,
+    up: int,
+    code: str,
+    reason: str,
+    stated: PrivacyStatement | None = None,
+) -> SiteReplied:
+    return SiteReplied(instruction.header.round, site, False, down, up, stated, code=code, reason=reason)

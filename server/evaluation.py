@@ -95,9 +95,11 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
     partition = experiment.data.partition
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        name = str(row.get(partition.key, "all")) if partition.kind == "natural_key" else "all"
-        if partition.kind != "natural_key" or partition.sites is None or name in partition.sites:
-            groups.setdefault(name, []).append(row)
+        name = partition.site_of(row.get(partition.key, "all")) if partition.kind == "natural_key" else "all"
+        groups.setdefault(name, []).append(row)
+    if partition.kind == "natural_key" and partition.sites is not None:
+        wanted = set(map(partition.site_of, partition.sites))
+        groups = {name: part for name, part in groups.items() if name in wanted}
     return dict(sorted(groups.items()))
 
 

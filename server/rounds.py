@@ -42,6 +42,7 @@ class _Run:
     strategy: Strategy
     trained: frozenset[str]
     members: tuple[Member, ...]
+    timeout_s: float
 
 
 def run_federation(
@@ -52,6 +53,7 @@ def run_federation(
     observe: Observer,
     *,
     expected_sites: int,
+    timeout_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -69,7 +71,8 @@ def run_federation(
         evaluator.base_digest,
         strategy,
         strategy.trained(frozenset(adapter)),
-        enroll(grid, expected_sites, federation.reply_timeout_s),
+        enroll(grid, expected_sites, timeout_s),
+        timeout_s,
     )
     values = sum(adapter[name].numel() for name in run.trained)
     observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in run.members), values))
@@ -108,7 +111,7 @@ def _round(
         lambda site, update: aggregator.accumulate(update, weights[site]),
         observe,
         expected=layout_of(instruction.tensors),
-        timeout_s=federation.reply_timeout_s,
+        timeout_s=run.timeout_s,
     )
     _check_quorum(collected, federation.min_replies, round_number)
 

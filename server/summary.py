@@ -18,6 +18,7 @@ SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
+_LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
 
@@ -72,6 +73,8 @@ def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
         "relation": last.relation if last else None,
         "accountant": last.accountant if last else None,
         "insecure_seed": not isinstance(config, NoPrivacy) and config.insecure_seed is not None,
+        # A reply that never arrived may have been trained for: then only the sites' ledgers know what was spent.
+        "at_least": protected and any(event.code in _LOST for event in events if isinstance(event, SiteReplied)),
         # A record lives at one site, so the federation's statement is the worst site's, never a sum.
         "epsilon": max((privacy.epsilon_run for privacy in latest.values()), default=0.0) if protected else None,
         "delta": max((privacy.delta or 0.0 for privacy in latest.values()), default=None) if protected else None,

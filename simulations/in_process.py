@@ -61,13 +61,11 @@ class InProcessGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queue messages and return their identifiers."""
         identifiers: list[str] = []
-        for message in messages:
+        # One deep copy of all: what they share, such as the adapter, is copied once for any number of sites.
+        for message in copy.deepcopy(list(messages)):
             self._sent += 1
             identifier = f"message-{self._sent}"
-            # A ClientApp may change what it is given; the next node must not see that.
-            queued = copy.deepcopy(message)
-            queued.metadata.__dict__["_message_id"] = identifier  # as Flower's own grids do; a reply names it
-            self._queued[identifier] = queued
+            self._queued[identifier] = message
             identifiers.append(identifier)
         return identifiers
 
@@ -80,7 +78,9 @@ class InProcessGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answered(self, identifier: str) -> Message:
-        message = self._queued.pop(identifier)
+        # A ClientApp may change what it is given; the next node must not see that.
+        message = copy.deepcopy(self._queued.pop(identifier))
+        message.metadata.__dict__["_message_id"] = identifier  # as Flower's own grids do; a reply names it
         node = message.metadata.dst_node_id
         TaskIdentity.node_id = node
         try:

@@ -123,6 +123,7 @@ def plot_partition(parts: Mapping[str, Sequence[Row]], column: str | None, path:
 
 def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
+    values: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         try:
             value = cell(row, config.key, "data.partition.key")
@@ -132,7 +133,12 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
             raise DataError(
                 f"row {number}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
             )
-        found.setdefault(str(value), []).append(row)
+        name = config.site_of(value)
+        if values.setdefault(name, str(value)) != str(value):
+            raise DataError(
+                f"row {number}: sites {values[name]!r} and {str(value)!r} would both be called {name!r}; rename one"
+            )
+        found.setdefault(name, []).append(row)
     if config.sites is None:
         parts = {name: found[name] for name in sorted(found) if len(found[name]) >= config.min_records}
         if not parts:
@@ -142,7 +148,7 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
                 f"the largest has {largest}; lower it"
             )
         return parts
-    return {name: _named_site(name, found, config) for name in sorted(config.sites)}
+    return {name: _named_site(name, found, config) for name in sorted(map(config.site_of, config.sites))}
 
 
 def _named_site(name: str, found: Mapping[str, list[Row]], config: NaturalKeyPartition) -> list[Row]:

@@ -76,6 +76,8 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path) -> S
             threads=experiment.runtime.threads,
             micro_batch_tokens=experiment.runtime.micro_batch_tokens,
         ),
+        model_path=experiment.model.path,
+        task=experiment.task,
         state_directory=str(state),
     )
 

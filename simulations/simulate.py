@@ -52,7 +52,8 @@ def simulate(
     _check_cohort(experiment, len(population.parts))
     sites = population.sites(experiment, path / "sites")
     rehearse_all(experiment, path.name, list(sites.values()))
-    launch = Launch(experiment, path, observers, population.heldout, expected_sites=len(sites))
+    in_process = experiment.runtime.kind == "in_process"
+    launch = Launch(experiment, path, observers, population.heldout, len(sites), waits_forever=in_process)
     if experiment.runtime.kind == "ray":
         from simulations.ray_engine import run_on_ray
 

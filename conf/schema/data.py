@@ -1,5 +1,6 @@
 """Where records come from, which columns mean what, and how a simulation spreads them over sites."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -109,6 +110,11 @@ class NaturalKeyPartition(Frozen):
     )
     min_records: PositiveInt = Field(default=1, description="sites with fewer records do not take part")
 
+    @staticmethod
+    def site_of(value: object) -> str:
+        """Return the site name of a key's value: letters, digits, `_`, `.` and `-`, at most 64 of them."""
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(value)).strip("-._")[:64] or "site"
+
     @field_validator("sites")
     @classmethod
     def _distinct(cls, sites: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -171,7 +177,7 @@ class DataConfig(Frozen):
         description="longer sequences: keep their start (counted and reported), or stop with an error",
     )
     max_records: PositiveInt | None = Field(
-        default=None, description="use at most this many records of a site, drawn with the seed; null: all"
+        default=None, description="use at most this many records of the source, drawn with the seed; null: all"
     )
     partition: Partition = Field(
         default=IidPartition(sites=4),

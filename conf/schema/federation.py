@@ -13,7 +13,7 @@ class SGD(Frozen):
     """Plain or heavy-ball SGD on the (noised) gradient."""
 
     kind: Literal["sgd"] = "sgd"
-    learning_rate: float = Field(default=1.0, gt=0)
+    learning_rate: float = Field(default=1.0, gt=0, le=1e4)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -22,7 +22,7 @@ class AdamW(Frozen):
     """AdamW on the (noised) gradient; its state lives for one round."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=5e-3, gt=0)
+    learning_rate: float = Field(default=5e-3, gt=0, le=1e2)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -34,7 +34,7 @@ Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
 class LocalTraining(Frozen):
     """One site's work in one round. All three numbers are public constants."""
 
-    steps: int = Field(default=4, ge=1, description="optimizer steps per round")
+    steps: int = Field(default=4, ge=1, le=10_000, description="optimizer steps per round")
     expected_batch_size: float = Field(
         default=64,
         ge=1,
@@ -55,7 +55,7 @@ class LocalTraining(Frozen):
 class Federation(Frozen):
     """Rounds, cohort and quorum."""
 
-    rounds: int = Field(default=10, ge=1)
+    rounds: int = Field(default=10, ge=1, le=100_000)
     cohort_size: int | None = Field(default=None, ge=1, description="sites drawn per round; null: all of them")
     min_replies: int = Field(default=1, ge=1, description="valid replies a round needs; below it the run fails")
     reply_timeout_s: float = Field(default=3600.0, gt=0, description="how long a round waits for replies")

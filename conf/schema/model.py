@@ -24,7 +24,7 @@ class LoRA(Frozen):
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, le=1024)
     alpha: float = Field(
-        default=16.0, gt=0, description="the update is scaled by alpha/rank (alpha/sqrt(rank) for rsLoRA)"
+        default=16.0, ge=1e-3, le=1e5, description="the update is scaled by alpha/rank (alpha/sqrt(rank) for rsLoRA)"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["auto"] | tuple[str, ...] = Field(

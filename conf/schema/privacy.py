@@ -23,7 +23,9 @@ class ExampleLevel(Frozen):
 
     kind: Literal["example_level"] = "example_level"
     target_epsilon: float | None = Field(default=None, gt=0, le=100, description="ε for all rounds of a site together")
-    noise_multiplier: float | None = Field(default=None, gt=0, le=1000, description="noise std over clip norm")
+    noise_multiplier: float | None = Field(
+        default=None, ge=0.2, le=1000, description="noise std over clip norm; below 0.2 no ε is worth its name"
+    )
     delta: float | None = Field(
         default=None,
         gt=0,
@@ -31,7 +33,7 @@ class ExampleLevel(Frozen):
         description="null: each site takes 1 / (10 x its published record count); 1/n of a site or more is refused",
     )
     clip_norm: float = Field(
-        default=1.0, gt=0, description="L2 bound on one record's gradient, over all trained tensors"
+        default=1.0, ge=1e-6, le=1e6, description="L2 bound on one record's gradient, over all trained tensors"
     )
     per_example_gradients: Literal["opacus", "one_by_one"] = Field(
         default="opacus",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
+from conf.schema.task import CausalLM, Task
 
 __all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime"]
 
@@ -25,9 +26,6 @@ class SitePolicy(Frozen):
     allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
     allow_insecure_seed: bool = Field(default=False, description="take part with repeatable noise: simulation only")
     release_training_loss: bool = Field(default=False, description="send the local training loss; no ε covers it")
-    allowed_bases: tuple[str, ...] | None = Field(
-        default=None, description="base digests this site trains; null: any that it holds"
-    )
     max_steps_per_round: int = Field(default=1000, ge=1)
 
 
@@ -52,7 +50,11 @@ class SiteFile(Frozen):
     budget: SiteBudget | None = Field(default=None, description="null: this site can only take part without privacy")
     policy: SitePolicy = SitePolicy()
     runtime: SiteRuntime = SiteRuntime()
-    model_path: str | None = Field(
-        default=None, description="this site's copy of the base; null: the name the plan gives"
+    model_path: str = Field(
+        min_length=1,
+        description="this site's own copy of the base; what a plan calls it is not looked at, its digest is compared",
+    )
+    task: Task = Field(
+        default=CausalLM(), description="the only task this site trains: a plan that chose labels could test for them"
     )
     state_directory: str = Field(min_length=1, description="where the ledger and the private diagnostics are kept")

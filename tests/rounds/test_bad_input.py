@@ -37,7 +37,7 @@ def own_rows(path: Path) -> list[str]:
         (["model.path=./no-such-model"], ModelError, r"model\.path=\./no-such-model does not exist"),
         (["peft.rank=500"], ModelError, r"peft\.rank=500 is above the size of .*\(\d+ x \d+\); use at most \d+"),
         (["peft.targets=[q_prj]"], ModelError, r"no module of this model is named 'q_prj'; did you mean q_proj\?"),
-        (["privacy.delta=0.01"], PrivacyError, r"privacy\.delta=0\.01 is not below 1/n="),
+        (["privacy.delta=0.01"], PrivacyError, r"δ=0\.01 \(privacy\.delta.*is not below 1/n="),
         (
             ["privacy.target_epsilon=null", "privacy.noise_multiplier=0.5", "federation.site_epsilon=0.001"],
             BudgetExceeded,

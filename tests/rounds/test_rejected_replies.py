@@ -141,7 +141,7 @@ def crash(_: Reply) -> Reply:
         (with_first_tensor(one_value(float("-inf"))), "not_finite", "holds NaN or infinity"),
         (with_first_tensor(lambda tensor: tensor.T.contiguous()), "wrong_shape", "has shape"),
         (with_first_tensor(lambda tensor: tensor[:1]), "wrong_shape", "has shape"),
-        (with_first_tensor(lambda tensor: tensor.double()), "wrong_dtype", "has dtype torch.float64"),
+        (with_first_tensor(lambda tensor: tensor.double()), "malformed_reply", "is declared as float64"),
         (without_first, "missing_tensor", "1 tensor(s) are missing"),
         (with_another, "unknown_tensor", "first unknown.weight"),
         (with_header(plan_digest="0" * 64), "wrong_plan_digest", "the reply answers plan_digest='000"),
@@ -154,7 +154,7 @@ def crash(_: Reply) -> Reply:
             "not_today",
             "the ward is closed",
         ),
-        (crash, "site_crash", "RuntimeError; the site's own log says more"),
+        (crash, "site_error", "the site could not do it; its own log says why"),
     ],
 )
 def test_a_bad_reply_is_named_and_the_round_goes_on(
@@ -206,7 +206,7 @@ def drop_header(message: Message) -> None:
     [
         (change_array(claim_terabytes), "its payload disagrees"),
         (change_array(claim_other_shape), "its payload disagrees"),
-        (change_array(pickled), "which is no number"),
+        (change_array(pickled), "expected float32"),
         (
             change_array(lambda array: Array(array.dtype, array.shape, "pickle", array.data)),
             "is serialized as 'pickle'",
@@ -217,9 +217,9 @@ def drop_header(message: Message) -> None:
         ),
         (
             change_array(lambda array: Array(array.dtype, array.shape, array.stype, b"\x80\x04.")),
-            "is not a numpy array",
+            "its payload disagrees",
         ),
-        (change_array(lambda array: Array(np.zeros(array.shape, dtype=bool))), "which is no number"),
+        (change_array(lambda array: Array(np.zeros(array.shape, dtype=bool))), "expected float32"),
         (drop_header, "the reply cannot be read"),
     ],
 )

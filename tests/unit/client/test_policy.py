@@ -25,6 +25,7 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
         name="clinic",
         published_records=1000,
         data=data,
+        model_path="embedded:clinic-base",
         budget=budget,
         policy=SitePolicy.model_validate(policy),
         state_directory="state",
@@ -38,7 +39,11 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
         (header("privacy.insecure_seed=1"), site(), "insecure_seed"),
         (header(), site(budget=None), "no_budget"),
         (header(), site(max_steps_per_round=3), "too_many_steps"),
-        (header(), site(allowed_bases=["c" * 64]), "base_not_allowed"),
+        (
+            header("data=csv_labelled", "data.source.path=x.csv", "task=classification", "task.labels=[flu,cold]"),
+            site(),
+            "wrong_task",
+        ),
         (header(round_number=11), site(), "round_out_of_plan"),
     ],
 )
@@ -57,7 +62,6 @@ def test_the_default_policy_agrees_to_private_training_alone() -> None:
 def test_a_policy_can_agree_to_more() -> None:
     check_policy(site(allow_no_privacy=True, budget=None), header("privacy=none"))
     check_policy(site(allow_insecure_seed=True), header("privacy.insecure_seed=1"))
-    check_policy(site(allowed_bases=["b" * 64]), header())
 
 
 def test_no_file_means_nothing_is_allowed(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_rehearsal_names_a_site_of_one_record(make_site: Callable[..., Site]) ->
 
 def test_rehearsal_names_a_delta_that_is_too_large(make_site: Callable[..., Site]) -> None:
     experiment = small("privacy.delta=0.02")
-    with pytest.raises(PrivacyError, match=r"privacy.delta=0.02 is not below 1/n=0.0167 of this site's 60 records"):
+    with pytest.raises(PrivacyError, match=r"δ=0.02 .* is not below 1/n=0.0167 of this site's 60 records"):
         make_site(experiment).rehearse(client_plan(experiment, "run"))
 
 
@@ -214,14 +214,48 @@ def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tm
             {
                 "name": "s",
                 "published_records": 40,
+                "model_path": "embedded:clinic-base",
                 "data": {"source": {"path": str(path)}, "columns": columns, **data},
                 "state_directory": str(tmp_path / "state"),
             }
         )
-        plan = client_plan(small(), "run")
         site = Site(file)
-        return len(site._examples(plan, site._adapted(plan)))
+        return len(site._examples(site._adapted(client_plan(small(), "run"))))
 
     assert records() == 40
     assert records(max_records=7) == 7
     assert records(split_column="split") == 20
+
+
+def test_a_server_cannot_test_for_labels(tmp_path: Path) -> None:
+    """Whether a label set fits the records would be an exact answer about them, for free."""
+    path = tmp_path / "notes.csv"
+    path.write_text("text,label\n" + "cough,flu\nrash,measles\n" * 20)
+    data = {"source": {"path": str(path)}, "columns": {"kind": "labelled"}}
+    file = SiteFile.model_validate(
+        {
+            "name": "s",
+            "published_records": 40,
+            "model_path": "embedded:clinic-base",
+            "task": {"kind": "classification", "labels": ["flu", "measles", "hiv"]},
+            "budget": {"epsilon": 8, "delta": 1e-3},
+            "policy": {"allow_insecure_seed": True},
+            "data": data,
+            "state_directory": str(tmp_path / "state"),
+        }
+    )
+    for labels in ("[flu,measles]", "[flu,cold]", "[flu,measles,hiv,cold]"):
+        overrides = ["data=csv_labelled", f"data.source.path={path}", "task=classification", f"task.labels={labels}"]
+        assert Site(file).handle(instruction(small(*overrides))).header.code == "wrong_task"
+
+
+def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path) -> None:
+    """The plan's name of the base is never followed: not to a folder, not to a hub."""
+    experiment = small()
+    asked = instruction(experiment)
+    model = asked.header.plan.model.model_copy(update={"path": "somebody/else"})
+    plan = asked.header.plan.model_copy(update={"model": model})
+    header = asked.header.model_copy(update={"plan": plan, "plan_digest": plan.digest})
+    rows = build_population(experiment).parts["harbor"][:60]
+    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
+    assert site.handle(Instruction(header, asked.tensors)).header.status == "trained"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from conf.schema.privacy import ExampleLevel
 from privacy.clipping import clipped_sum
 
 SHAPES = ((2, 3), (4,), (1,))
@@ -117,3 +119,22 @@ def test_a_long_gradient_only_keeps_its_direction(row: list[float], clip_norm: f
     far = flat(clipped_sum(per_example([[value * scale * factor for value in row]]), clip_norm).sums)
     assert float(near.norm()) == pytest.approx(clip_norm, rel=1e-5)
     torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-6 * clip_norm)
+
+
+def test_a_factor_that_float32_cannot_hold_adds_nothing() -> None:
+    """C/norm as a subnormal would be rounded, possibly up, and let more than C through."""
+    result = clipped_sum([torch.full((1, 4), 1e18)], 1e-25)
+    assert float(result.sums[0].norm()) <= 1e-25
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 1e6])
+def test_what_float32_loses_is_far_below_the_smallest_clip_norm(clip_norm: float) -> None:
+    """Squares below 1e-45 vanish, so such a row passes unclipped: it must be nothing beside any clip norm allowed."""
+    vanishing = torch.full((1, 10_000), 1e-23)
+    assert float(clipped_sum([vanishing], clip_norm).sums[0].norm()) < 1e-12 * clip_norm
+
+
+@pytest.mark.parametrize("clip_norm", [1e-37, 1e-7, 1e7])
+def test_a_clip_norm_out_of_range_never_reaches_a_site(clip_norm: float) -> None:
+    with pytest.raises(ValidationError, match="clip_norm"):
+        ExampleLevel(noise_multiplier=1.0, clip_norm=clip_norm)

@@ -35,10 +35,25 @@ def test_delta_is_a_tenth_of_one_over_n() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "site", "expected"), [(1e-5, None, 1e-5), (1e-5, 1e-6, 1e-6), (1e-6, 1e-5, 1e-6), (None, 1e-7, 1e-7)]
+    ("asked", "site", "expected"), [(1e-5, None, 1e-5), (1e-5, 1e-6, 1e-6), (1e-6, 1e-6, 1e-6), (None, 1e-7, 1e-7)]
 )
-def test_the_smaller_delta_wins(asked: float | None, site: float | None, expected: float) -> None:
+def test_one_delta_the_site_s_own(asked: float | None, site: float | None, expected: float) -> None:
+    """Plan, ledger and statements agree, because there is only one."""
     assert plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=site).delta == expected
+
+
+def test_a_plan_cannot_ask_for_less_than_the_site_accounts_for() -> None:
+    with pytest.raises(PrivacyError, match=r"privacy\.delta=1e-06 is below the δ=1e-05 at which this site keeps"):
+        plan(ExampleLevel(noise_multiplier=1.0, delta=1e-6), site_delta=1e-5)
+
+
+@pytest.mark.parametrize("asked", [None, 1e-3, 0.1])
+def test_a_budget_at_one_over_n_is_refused_whatever_is_asked(asked: float | None) -> None:
+    """Were the answer to depend on what is asked, a server could search for n by asking."""
+    for count in (100, 1000):
+        with pytest.raises(PrivacyError, match=r"is not below 1/n"):
+            plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=0.01, num_records=count)
+        assert plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=1e-4, num_records=count)
 
 
 def test_a_site_delta_costs_more_noise() -> None:
@@ -52,7 +67,8 @@ def test_a_delta_of_one_over_n_is_refused(published: int, true: int) -> None:
     for delta in (1 / 400, 0.1):
         with pytest.raises(
             PrivacyError,
-            match=rf"privacy\.delta={delta:.3g} is not below 1/n=0\.0025 of this site's 400 records: publishing one "
+            match=rf"δ={delta:.3g} \(privacy\.delta, or budget\.delta of a site file\) is not below 1/n=0\.0025 of "
+            r"this site's 400 records: publishing one "
             r"record in the clear would keep such a promise; use at most 0\.00025, or null",
         ):
             plan(ExampleLevel(noise_multiplier=1.0, delta=delta), published_records=published, num_records=true)

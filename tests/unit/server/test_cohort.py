@@ -25,7 +25,9 @@ def members(*names: str) -> tuple[Member, ...]:
 
 def site(name: str, tmp_path: Path) -> Site:
     data = compose_experiment().data
-    return Site(SiteFile(name=name, published_records=10, data=data, state_directory=str(tmp_path / name)))
+    return Site(
+        SiteFile(name=name, published_records=10, data=data, model_path="m", state_directory=str(tmp_path / name))
+    )
 
 
 def grid_of(tmp_path: Path, *names: str) -> InProcessGrid:
