@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from simulations.studies import Baseline
 
-__all__ = ["baseline_table", "byte_text", "epsilon_text", "outcome_table", "quality_text", "sweep_table"]
+__all__ = ["baseline_table", "byte_text", "delta_text", "epsilon_text", "outcome_table", "quality_text", "sweep_table"]
 
 
 def outcome_table(summary: dict[str, Any]) -> Table:
@@ -29,7 +29,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
             quality_text(metric, quality.get("last")),
             epsilon_text(privacy.get("epsilon_run") if privacy.get("delta") else None),
             epsilon_text(privacy.get("epsilon_budget")),
-            f"{privacy['delta']:.0e}" if privacy.get("delta") else "–",
+            delta_text(privacy.get("delta")),
             byte_text(site["bytes"]["up"]),
             byte_text(site["bytes"]["down"]),
         )
@@ -41,12 +41,12 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         quality_text(metric, final["value"] if final else None),
         epsilon_text(privacy["epsilon"]),
         "",
-        f"{privacy['delta']:.0e}" if privacy["delta"] else "–",
+        delta_text(privacy["delta"]),
         byte_text(summary["bytes"]["up"]),
         byte_text(summary["bytes"]["down"]),
         style="bold",
     )
-    table.caption = "ε of all is the largest over sites, for a record that lives at one of them"
+    table.caption = "ε of all: the largest of any site, for a record that lives at one"
     table.caption_justify = "left"
     return table
 
@@ -101,6 +101,14 @@ def epsilon_text(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{math.ceil(value * 100) / 100:.2f}"
+
+
+def delta_text(value: float | None) -> str:
+    """Return δ for people with two digits, rounded up like ε."""
+    if not value:
+        return "–"
+    exponent = math.floor(math.log10(value)) - 1
+    return f"{math.ceil(value / 10**exponent - 1e-9) * 10**exponent:.1e}"
 
 
 def byte_text(count: float) -> str:

@@ -144,3 +144,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data: {folder} does not exist; set CLOISTER_SHARED_DATA")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what takes long last, so that a plain mistake shows within a minute."""
+    slow = ("deployment", "browser", "slow")
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in slow))

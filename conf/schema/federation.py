@@ -55,7 +55,7 @@ class LocalTraining(Frozen):
 class Federation(Frozen):
     """Rounds, cohort and quorum."""
 
-    rounds: int = Field(default=10, ge=1, le=100_000)
+    rounds: int = Field(default=8, ge=1, le=100_000)
     cohort_size: int | None = Field(default=None, ge=1, description="sites drawn per round; null: all of them")
     min_replies: int = Field(default=1, ge=1, description="valid replies a round needs; below it the run fails")
     reply_timeout_s: float = Field(default=3600.0, gt=0, description="how long a round waits for replies")

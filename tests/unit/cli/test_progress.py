@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from cli.progress import PlainLines, RoundsDisplay, progress_for
-from cli.tables import byte_text, epsilon_text, quality_text
+from cli.tables import byte_text, delta_text, epsilon_text, quality_text
 from conf.compose import compose_experiment
 from protocol.instructions import PrivacyStatement
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
@@ -96,6 +96,9 @@ def test_where_there_is_no_terminal(wanted: str, expected: str) -> None:
 def test_numbers_for_people() -> None:
     assert epsilon_text(7.9911) == "8.00"
     assert epsilon_text(None) == "–"
+    assert delta_text(8.333e-5) == "8.4e-05"
+    assert delta_text(1e-5) == "1.0e-05"
+    assert delta_text(None) == "–"
     assert byte_text(999) == "999 B"
     assert byte_text(217_467) == "217.5 KB"
     assert byte_text(5e9) == "5.0 GB"
