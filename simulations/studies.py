@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema.experiment import Experiment
+from conf.schema.federation import AdamW
 from conf.schema.privacy import NoPrivacy
 from server.events import Observer
 from simulations.population import Population, build_population
 from simulations.simulate import Simulated, simulate
 
-__all__ = ["Baseline", "Member", "baseline_members", "run_baselines"]
+__all__ = ["OPEN_OPTIMIZER", "Baseline", "Member", "baseline_members", "run_baselines"]
+
+OPEN_OPTIMIZER = AdamW(learning_rate=8e-3)
+"""Of the members without privacy. Clipped and noised gradients want plain SGD at a high rate, exact ones do not."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Baseline:
 
 def baseline_members(experiment: Experiment, population: Population) -> Iterator[Member]:
     """Yield the runs of `cloister study baselines`: each site alone, federated and centralized, private and not."""
-    open_experiment = experiment.model_copy(update={"privacy": NoPrivacy()})
+    open_experiment = _without_privacy(experiment)
     private = experiment.privacy.kind != "none"
     for name, rows in population.parts.items():
         label = f"{name} alone" + (", private" if private else "")
@@ -79,6 +83,13 @@ def run_baselines(
 def _line(member: Member, run: Simulated) -> Baseline:
     final: dict[str, Any] = run.summary["final"]
     return Baseline(member.label, final["metric"], final["value"], run.summary["privacy"]["epsilon"], final["groups"])
+
+
+def _without_privacy(experiment: Experiment) -> Experiment:
+    """Return the experiment as one would run it without noise; the private learning rate would make a straw man of it."""
+    local = experiment.federation.local.model_copy(update={"optimizer": OPEN_OPTIMIZER})
+    federation = experiment.federation.model_copy(update={"local": local})
+    return experiment.model_copy(update={"privacy": NoPrivacy(), "federation": federation})
 
 
 def _single_site(experiment: Experiment) -> Experiment:
