@@ -129,7 +129,7 @@ def _banners(summary: Mapping[str, Any], experiment: Experiment) -> list[Banner]
     embedded = [path for path in (experiment.data.source.path, experiment.model.path) if path.startswith("embedded:")]
     if embedded:
         text = (
-            f"{' and '.join(embedded)}: invented records, or a small model, that come with Cloister. The figures show that "
+            f"{' and '.join(embedded)}: invented records, or a small model of ours. The figures show that "
             "the machinery works; they say nothing of a real model or of real records."
         )
         banners.append(Banner("note", "Synthetic demonstration data", text))

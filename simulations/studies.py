@@ -86,7 +86,7 @@ def _line(member: Member, run: Simulated) -> Baseline:
 
 
 def _without_privacy(experiment: Experiment) -> Experiment:
-    """Return the experiment as one would run it without noise; the private learning rate would make a straw man of it."""
+    """Return the experiment as one would run it without noise; the private optimizer would make a straw man of it."""
     local = experiment.federation.local.model_copy(update={"optimizer": OPEN_OPTIMIZER})
     federation = experiment.federation.model_copy(update={"local": local})
     return experiment.model_copy(update={"privacy": NoPrivacy(), "federation": federation})
