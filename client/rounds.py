@@ -18,7 +18,7 @@ from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.tasks.build import build_objective
 from privacy.accounting import epsilon_of
-from privacy.gradients import gradient_rule
+from privacy.gradients import GradientRule, gradient_rule
 from privacy.ledger import Ledger, Reservation
 from privacy.plan import PrivacyPlan, build_plan
 from privacy.randomness import SecureStream
@@ -58,11 +58,16 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
     start = _starting_adapter(instruction, adapted, trained_names)
     examples = work.examples(adapted)
     privacy = _privacy_plan(plan, work.file, len(examples))
+    stream = _stream(plan, work.file.name, header.round, examples)
+    rule = _gradients(plan, privacy, adapted, trained_names, stream)
     ledger = work.state().ledger
 
-    reservation = _reserve(ledger, privacy, plan, header.round)
-    adapted.load(start)
-    diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, privacy)
+    try:
+        reservation = _reserve(ledger, privacy, plan, header.round)
+        adapted.load(start)
+        diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, rule, _dropout_seed(stream))
+    finally:
+        rule.close()
     update = subtract(adapted.extract(), start, trained_names)
     if reservation is not None and ledger is not None:
         ledger.commit(reservation)
@@ -91,9 +96,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     adapted = work.adapted(plan)
     trained_names = build_strategy(plan.strategy).trained(adapted.names)
     privacy = _privacy_plan(plan, work.file, len(work.examples(adapted)))
-    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
-    trained = adapted.train_only(trained_names)
-    gradient_rule(privacy, per_example, adapted.network, trained, SecureStream.from_operating_system()).close()
+    _gradients(plan, privacy, adapted, trained_names, SecureStream.from_operating_system()).close()
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
@@ -151,33 +154,39 @@ def _reserve(ledger: Ledger | None, privacy: PrivacyPlan, plan: ClientPlan, roun
     return ledger.reserve(plan.run, round_number, privacy.mechanism(privacy.steps_per_round))
 
 
+def _gradients(
+    plan: ClientPlan,
+    privacy: PrivacyPlan,
+    adapted: AdaptedModel,
+    trained_names: frozenset[str],
+    stream: SecureStream,
+) -> GradientRule:
+    """Return what makes the gradients; a layer without a rule is refused here, before anything is spent."""
+    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
+    return gradient_rule(privacy, per_example, adapted.network, adapted.train_only(trained_names), stream)
+
+
 def _run_steps(
     instruction: Instruction,
     work: RoundWork,
     adapted: AdaptedModel,
     trained_names: frozenset[str],
     examples: Sequence[Example],
-    privacy: PrivacyPlan,
+    rule: GradientRule,
+    dropout_seed: int,
 ) -> TrainingDiagnostics:
     header, plan = instruction.header, instruction.header.plan
-    trained = adapted.train_only(trained_names)
-    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
-    stream = _stream(plan, work.file.name, header.round, examples)
-    rule = gradient_rule(privacy, per_example, adapted.network, trained, stream)
-    try:
-        diagnostics = train_locally(
-            adapted,
-            trained,
-            examples,
-            build_objective(plan.task),
-            rule,
-            plan.local,
-            seed=_dropout_seed(stream),
-            micro_batch_tokens=work.file.runtime.micro_batch_tokens,
-            learning_rate_factor=plan.local.learning_rate_factor(header.round, plan.rounds),
-        )
-    finally:
-        rule.close()
+    diagnostics = train_locally(
+        adapted,
+        adapted.train_only(trained_names),
+        examples,
+        build_objective(plan.task),
+        rule,
+        plan.local,
+        seed=dropout_seed,
+        micro_batch_tokens=work.file.runtime.micro_batch_tokens,
+        learning_rate_factor=plan.local.learning_rate_factor(header.round, plan.rounds),
+    )
     work.state().record_diagnostics(header.round, diagnostics, clipped=rule.clipped, non_finite=rule.non_finite)
     return diagnostics
 

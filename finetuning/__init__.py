@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models, adapters, data, local training and evaluation; nothing here knows privacy or networks."""

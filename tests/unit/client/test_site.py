@@ -259,3 +259,13 @@ def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path) -> None:
     rows = build_population(experiment).parts["harbor"][:60]
     site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
     assert site.handle(Instruction(header, asked.tensors)).header.status == "trained"
+
+
+def test_a_layer_without_a_rule_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
+    experiment = small("peft.targets=[embed_tokens]", "strategy=fedit")
+    rows = build_population(experiment).parts["harbor"][:60]
+    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
+    with pytest.raises(PrivacyError, match=r"no per-example gradient rule, first .*embed_tokens"):
+        site.handle(instruction(experiment))
+    assert site.state.ledger is not None
+    assert site.state.ledger.spent() == 0
