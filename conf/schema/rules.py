@@ -141,7 +141,7 @@ def _high_epsilon(experiment: Experiment) -> str | None:
 
 def _both_factors_under_noise(experiment: Experiment) -> str | None:
     if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
-        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora usually does better"
+        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora is steadier"
     return None
 
 

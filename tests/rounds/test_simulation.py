@@ -13,7 +13,9 @@ from conf.compose import compose_experiment, parse_experiment
 from conf.schema.experiment import Experiment
 from finetuning.embedded import resolve
 from server.events import Event, RoundFinished, SiteReplied
+from simulations.population import build_population
 from simulations.simulate import Simulated, simulate
+from simulations.studies import baseline_members
 
 QUICK = (
     "experiment=smoke",
@@ -177,3 +179,19 @@ def test_a_budget_ends_a_site_not_the_run(tmp_path: Path) -> None:
 def test_published_weights_change_the_mean(private_run: tuple[Simulated, list[Event]], tmp_path: Path) -> None:
     run = simulate(quick("strategy.weights=published_records", "evaluation.every=0"), tmp_path / "weights")
     assert run.summary["adapter"]["digest"] != private_run[0].summary["adapter"]["digest"]
+
+
+@pytest.mark.slow
+def test_the_private_federation_beats_every_site_alone(
+    private_run: tuple[Simulated, list[Event]], tmp_path: Path
+) -> None:
+    """Same ε, same rounds, same pooled held-out records: what a site gains by taking part."""
+    population = build_population(quick())
+    alone = [
+        simulate(member.experiment, tmp_path / member.name, (), member.population).summary["final"]["value"]
+        for member in baseline_members(quick(), population)
+        if member.name.startswith("alone-")
+    ]
+    assert len(alone) == 4
+    federated = private_run[0].summary["final"]["value"]
+    assert federated < sum(alone) / len(alone), (federated, alone)
