@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from conf.schema.privacy import local_privacy
 from conf.schema.site import SiteFile
 from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader
@@ -26,13 +27,14 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
         )
     if plan.task != site.task:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
-    if plan.privacy.kind == "none":
+    asked = local_privacy(plan.privacy)
+    if asked.kind == "none":
         if not policy.allow_no_privacy:
             raise SiteRefusal(
                 "no_privacy", "the plan protects nothing and this site's policy.allow_no_privacy is false"
             )
         return
-    if plan.privacy.insecure_seed is not None and not policy.allow_insecure_seed:
+    if asked.insecure_seed is not None and not policy.allow_insecure_seed:
         raise SiteRefusal(
             "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
         )

@@ -11,7 +11,7 @@ import torch
 
 from client.policy import check_policy
 from client.state import SiteState
-from conf.schema.privacy import ExampleLevel
+from conf.schema.privacy import NoPrivacy, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
@@ -134,11 +134,11 @@ def _starting_adapter(
 def _privacy_plan(plan: ClientPlan, file: SiteFile, num_records: int) -> PrivacyPlan:
     try:
         return build_plan(
-            plan.privacy,
+            local_privacy(plan.privacy),
             plan.local,
             rounds=plan.rounds,
-            published_records=file.published_records,
-            num_records=num_records,
+            published_units=file.published_records,
+            num_units=num_records,
             site_delta=None if file.budget is None else file.budget.delta,
         )
     except PrivacyError as error:
@@ -162,7 +162,8 @@ def _gradients(
     stream: SecureStream,
 ) -> GradientRule:
     """Return what makes the gradients; a layer without a rule is refused here, before anything is spent."""
-    per_example = plan.privacy.per_example_gradients if isinstance(plan.privacy, ExampleLevel) else ""
+    asked = local_privacy(plan.privacy)
+    per_example = "" if isinstance(asked, NoPrivacy) else asked.per_example_gradients
     return gradient_rule(privacy, per_example, adapted.network, adapted.train_only(trained_names), stream)
 
 
@@ -197,7 +198,8 @@ def _stream(plan: ClientPlan, site: str, round_number: int, examples: Sequence[E
     A repeatable stream is bound to everything that makes the run: other settings or other records get other noise, or
     the difference of two runs would be free of it. Without privacy there is nothing to hide, and a run is repeatable.
     """
-    seed = plan.privacy.insecure_seed if isinstance(plan.privacy, ExampleLevel) else plan.adapter_seed
+    asked = local_privacy(plan.privacy)
+    seed = plan.adapter_seed if isinstance(asked, NoPrivacy) else asked.insecure_seed
     if seed is None:
         return SecureStream.from_operating_system()
     settings = plan.model_copy(update={"run": "any"}).digest
@@ -246,8 +248,13 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan) ->
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
         steps_executed=sum(mechanism.steps for mechanism in booked),
-        insecure_seed=isinstance(plan.privacy, ExampleLevel) and plan.privacy.insecure_seed is not None,
+        insecure_seed=_insecure(plan),
     )
+
+
+def _insecure(plan: ClientPlan) -> bool:
+    asked = local_privacy(plan.privacy)
+    return not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
 
 
 def _refusal(instruction: Instruction, work: RoundWork, code: str, reason: str) -> Reply:

@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache, reduce
 
-import dp_accounting
 from dp_accounting.pld import privacy_loss_distribution as pld
 
-from protocol.errors import PrivacyError
+from privacy.mechanisms import SubsampledGaussian
 
-__all__ = ["ACCOUNTANT", "COARSEST_GRID", "SubsampledGaussian", "epsilon_of", "epsilon_on_grid", "grid_of"]
+__all__ = ["ACCOUNTANT", "COARSEST_GRID", "epsilon_of", "epsilon_on_grid", "grid_of"]
 
 ACCOUNTANT = "dp-accounting PLD, add or remove one record"
 COARSEST_GRID = 1e-3
 _FINEST_GRID, _TOLERANCE = 1e-5, 0.01
-
-
-@dataclass(frozen=True)
-class SubsampledGaussian:
-    """`steps` sums with Gaussian noise of `noise_multiplier` x clip norm, on Poisson samples of `sampling_rate`."""
-
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if not (0 < self.sampling_rate <= 1 and 0 <= self.noise_multiplier < math.inf and self.steps >= 0):
-            raise PrivacyError(f"{self} is no mechanism: rate in (0, 1], noise >= 0, steps >= 0")
-
-    def event(self) -> dp_accounting.DpEvent:
-        """Return the mechanism as `dp_accounting` data, for any accountant."""
-        step = dp_accounting.PoissonSampledDpEvent(
-            self.sampling_rate, dp_accounting.GaussianDpEvent(self.noise_multiplier)
-        )
-        return dp_accounting.SelfComposedDpEvent(step, self.steps)
 
 
 def epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from scipy.optimize import root_scalar
 
-from privacy.accounting import COARSEST_GRID, SubsampledGaussian, epsilon_of, epsilon_on_grid, grid_of
+from privacy.accounting import COARSEST_GRID, epsilon_of, epsilon_on_grid, grid_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
 __all__ = ["calibrate_noise"]
@@ -20,14 +21,17 @@ _SEARCH_GRID = 10 * COARSEST_GRID
 
 
 @lru_cache(maxsize=256)
-def calibrate_noise(target_epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
-    """Return the smallest noise multiplier whose `steps` steps cost at most `target_epsilon`; never below 0.2.
+def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:
+    """Return the smallest noise multiplier at which `mechanism` costs at most `target_epsilon`; never below 0.2.
+
+    The noise multiplier that `mechanism` comes with is not used.
 
     The ε reached is within 0.1 % of the target, or 0.5 % where the accountant's grid changes close by.
 
     Raises:
         PrivacyError: when even a noise multiplier of 1000 costs more.
     """
+    sampling_rate, steps = mechanism.sampling_rate, mechanism.steps
 
     def cost(noise: float, grid: float) -> float:
         # Far too much noise costs 0 exactly; the logarithms below need a floor.

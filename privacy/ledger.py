@@ -14,7 +14,8 @@ from pathlib import Path
 from sqlalchemy import Column, Connection, Engine, Float, Integer, MetaData, String, Table, create_engine, event, select
 from sqlalchemy.pool import NullPool
 
-from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import BudgetExceeded
 
 __all__ = ["Budget", "Ledger", "Reservation"]

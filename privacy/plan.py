@@ -5,19 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from conf.schema.federation import LocalTraining
-from conf.schema.privacy import ExampleLevel, NoPrivacy
-from privacy.accounting import ACCOUNTANT, SubsampledGaussian, epsilon_of
+from conf.schema.privacy import ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
+from privacy.accounting import ACCOUNTANT, epsilon_of
 from privacy.calibration import calibrate_noise
+from privacy.mechanisms import SubsampledGaussian
 from privacy.noise import GaussianNoise
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
 
-__all__ = ["DELTA_MARGIN", "PrivacyPlan", "build_plan", "default_delta"]
+__all__ = ["DELTA_MARGIN", "LossRelease", "PrivacyPlan", "Unit", "build_plan", "default_delta"]
 
 DELTA_MARGIN = 10
-"""The default δ is 1 / (DELTA_MARGIN x published records)."""
+"""The default δ is 1 / (DELTA_MARGIN x published units)."""
+
+Unit = Literal["none", "record", "user", "site"]
+
+_RELATIONS = {
+    "record": "add or remove one record of a site",
+    "user": "add or remove one user of a site, with all of the user's records",
+}
+
+
+@dataclass(frozen=True)
+class LossRelease:
+    """The mean training loss of a round, released with noise: each unit's loss is bounded to [0, clip]."""
+
+    noise_multiplier: float
+    clip: float
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class PrivacyPlan:
     Every field is public. `normalizer` divides the noised sum: a constant of the plan, never the drawn batch's size.
     """
 
-    unit: str
+    unit: Unit
     relation: str
     sampling: PoissonSampling
     clip_norm: float
@@ -36,6 +53,8 @@ class PrivacyPlan:
     steps_per_round: int
     rounds: int
     delta: float | None
+    discrete: bool = False
+    loss: LossRelease | None = None
 
     @property
     def is_private(self) -> bool:
@@ -53,8 +72,20 @@ class PrivacyPlan:
         return GaussianNoise(self.noise_multiplier, self.clip_norm if self.is_private else 0.0)
 
     def mechanism(self, steps: int) -> SubsampledGaussian:
-        """Return what executing `steps` steps of this plan amounts to, for the accountant and the ledger."""
-        return SubsampledGaussian(self.sampling.rate, self.noise_multiplier, steps)
+        """Return what executing `steps` steps of this plan amounts to, for the accountant and the ledger.
+
+        Gradient and loss are two Gaussian releases of the same sample, together one Gaussian release: the squares of
+        their inverse noise multipliers add up.
+        """
+        noise = self.noise_multiplier
+        if self.loss is not None:
+            noise = (noise**-2 + self.loss.noise_multiplier**-2) ** -0.5
+        return SubsampledGaussian(self.sampling.rate, noise, steps, self.sampling.truncation, self.discrete)
+
+    @property
+    def whole_run(self) -> SubsampledGaussian:
+        """All steps of all rounds: the schedule that is declared before the run."""
+        return self.mechanism(self.steps_per_round * self.rounds)
 
     def epsilon(self, mechanisms: Iterable[SubsampledGaussian]) -> float:
         """Return the ε of executed mechanisms at this plan's δ; infinity where nothing is promised."""
@@ -62,34 +93,34 @@ class PrivacyPlan:
 
 
 def build_plan(
-    privacy: ExampleLevel | NoPrivacy,
+    privacy: LocalPrivacy,
     local: LocalTraining,
     *,
     rounds: int,
-    published_records: int,
-    num_records: int,
+    published_units: int,
+    num_units: int,
     site_delta: float | None = None,
 ) -> PrivacyPlan:
     """Return a site's plan for a whole run of `rounds` rounds.
 
     Args:
         privacy: what is asked for.
-        local: steps per round and expected batch size, public constants.
+        local: steps per round and expected batch size (in units), public constants.
         rounds: rounds of the run; the noise is calibrated for all of them together.
-        published_records: the record count the site publishes; the sampling rate follows from it.
-        num_records: the true count, a secret; used only to refuse a δ that is too large.
+        published_units: the count of records (or users) that the site publishes; the sampling rate follows from it.
+        num_units: the true count, a secret; used only to refuse a δ that is too large.
         site_delta: the δ of the site's own budget, at which everything is accounted; the plan may ask for the same or
             a larger one.
 
     Raises:
         PrivacyError: a sampling rate above 1, δ of 1/n or more, or a budget too small for a single step.
     """
-    sampling = PoissonSampling(local.expected_batch_size / published_records)
+    rate = local.expected_batch_size / published_units
     if isinstance(privacy, NoPrivacy):
         return PrivacyPlan(
             unit="none",
             relation="nothing is protected",
-            sampling=sampling,
+            sampling=PoissonSampling(rate, max(published_units, num_units)),
             clip_norm=math.inf,
             noise_multiplier=0.0,
             normalizer=local.expected_batch_size,
@@ -97,25 +128,40 @@ def build_plan(
             rounds=rounds,
             delta=None,
         )
-    delta = _agreed_delta(privacy.delta, site_delta, published_records, num_records)
+    cap = None if privacy.batch_cap is None else math.ceil(privacy.batch_cap * local.expected_batch_size)
+    sampling = PoissonSampling(rate, published_units, cap)
+    delta = _agreed_delta(privacy.delta, site_delta, published_units, num_units)
+    loss = None
+    if privacy.loss_noise_multiplier is not None:
+        loss = LossRelease(privacy.loss_noise_multiplier, privacy.loss_clip)
+    unit: Unit = "user" if isinstance(privacy, UserLevel) else "record"
     return PrivacyPlan(
-        unit="one record",
-        relation="add or remove one record of a site",
+        unit=unit,
+        relation=_relation(unit, sampling),
         sampling=sampling,
         clip_norm=privacy.clip_norm,
-        noise_multiplier=_noise_multiplier(privacy, delta, sampling.rate, local.steps, rounds),
+        noise_multiplier=_noise_multiplier(privacy, delta, sampling, local.steps * rounds, loss),
         normalizer=local.expected_batch_size,
         steps_per_round=local.steps,
         rounds=rounds,
         delta=delta,
+        discrete=privacy.noise == "discrete",
+        loss=loss,
     )
 
 
-def _agreed_delta(asked: float | None, site_delta: float | None, published_records: int, num_records: int) -> float:
+def _relation(unit: Unit, sampling: PoissonSampling) -> str:
+    added = _RELATIONS[unit]
+    if sampling.truncation is None:
+        return added
+    return f"{added}, in one of its {sampling.slots} published slots"
+
+
+def _agreed_delta(asked: float | None, site_delta: float | None, published: int, num_units: int) -> float:
     """Return the one δ of the plan, its ledger and its statements: the site's own, where it has a budget."""
-    delta = site_delta if site_delta is not None else asked if asked is not None else default_delta(published_records)
+    delta = site_delta if site_delta is not None else asked if asked is not None else default_delta(published)
     # First what does not depend on the plan: refusing by what is asked would let a server search for n.
-    _refuse_large_delta(delta, min(published_records, num_records))
+    _refuse_large_delta(delta, min(published, num_units))
     if asked is not None and asked < delta:
         raise PrivacyError(
             f"privacy.delta={asked:.3g} is below the δ={delta:.3g} at which this site keeps its budget; "
@@ -124,25 +170,36 @@ def _agreed_delta(asked: float | None, site_delta: float | None, published_recor
     return delta
 
 
-def default_delta(published_records: int) -> float:
+def default_delta(published_units: int) -> float:
     """Return 1 / (10 n): a tenth of what would let a mechanism publish one record in the clear."""
-    return 1 / (DELTA_MARGIN * published_records)
+    return 1 / (DELTA_MARGIN * published_units)
 
 
-def _noise_multiplier(privacy: ExampleLevel, delta: float, rate: float, steps_per_round: int, rounds: int) -> float:
+def _noise_multiplier(
+    privacy: ExampleLevel | UserLevel, delta: float, sampling: PoissonSampling, steps: int, loss: LossRelease | None
+) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     if privacy.target_epsilon is None:
         raise PrivacyError("give privacy.target_epsilon or privacy.noise_multiplier; neither is set")
-    return calibrate_noise(privacy.target_epsilon, delta, rate, steps_per_round * rounds)
+    whole = SubsampledGaussian(sampling.rate, 1.0, steps, sampling.truncation, privacy.noise == "discrete")
+    together = calibrate_noise(privacy.target_epsilon, delta, whole)
+    if loss is None:
+        return together
+    if loss.noise_multiplier <= together:
+        raise PrivacyError(
+            f"privacy.loss_noise_multiplier={loss.noise_multiplier:g} would spend the whole ε on the released loss: "
+            f"gradient and loss together need {together:.3g}; use more than that (10 x is cheap), or null"
+        )
+    return (together**-2 - loss.noise_multiplier**-2) ** -0.5
 
 
-def _refuse_large_delta(delta: float, num_records: int) -> None:
-    bound = 1 / num_records
+def _refuse_large_delta(delta: float, num_units: int) -> None:
+    bound = 1 / num_units
     if delta >= bound:
-        # The bound tells the record count, so it may reach only the site's own operator.
+        # The bound tells the count, so it may reach only the site's own operator.
         raise PrivacyError(
             f"δ={delta:.3g} (privacy.delta, or budget.delta of a site file) is not below 1/n={bound:.3g} of this "
-            f"site's {num_records} records: publishing one record in the clear would keep such a promise; use at most "
+            f"site's {num_units} records: publishing one record in the clear would keep such a promise; use at most "
             f"{bound / DELTA_MARGIN:.2g}, or null"
         )

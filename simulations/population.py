@@ -15,10 +15,11 @@ from flwr.app import Context
 from client.site import Site
 from conf.compose import compose_experiment, parse_experiment
 from conf.schema.experiment import Experiment
-from conf.schema.privacy import ExampleLevel
+from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
-from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import default_delta
 from protocol.errors import ConfigError
 from simulations.partition import partition
@@ -60,12 +61,12 @@ def published_count(records: int) -> int:
 def site_file(experiment: Experiment, name: str, records: int, state: Path) -> SiteFile:
     """Return the site file of a simulated site. Its policy agrees to whatever the simulation's owner configured."""
     published = published_count(records)
-    privacy = experiment.privacy
+    privacy = local_privacy(experiment.privacy)
     return SiteFile(
         name=name,
         published_records=published,
         data=experiment.data,
-        budget=None if privacy.kind == "none" else _budget(experiment, privacy, published),
+        budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published),
         policy=SitePolicy(
             allow_no_privacy=True,
             allow_insecure_seed=True,
@@ -82,7 +83,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path) -> S
     )
 
 
-def _budget(experiment: Experiment, privacy: ExampleLevel, published: int) -> SiteBudget:
+def _budget(experiment: Experiment, privacy: ExampleLevel | UserLevel, published: int) -> SiteBudget:
     federation = experiment.federation
     delta = privacy.delta if privacy.delta is not None else default_delta(published)
     if federation.site_epsilon is not None:

@@ -6,7 +6,21 @@ from pydantic import Field
 
 from conf.schema.base import Frozen
 
-__all__ = ["ExampleLevel", "NoPrivacy", "Privacy"]
+__all__ = [
+    "AdaptiveClip",
+    "Banded",
+    "Blt",
+    "ClientLevel",
+    "ExampleLevel",
+    "FixedClip",
+    "IndependentNoise",
+    "LocalPrivacy",
+    "NoPrivacy",
+    "Privacy",
+    "Tree",
+    "UserLevel",
+    "local_privacy",
+]
 
 
 class NoPrivacy(Frozen):
@@ -15,14 +29,10 @@ class NoPrivacy(Frozen):
     kind: Literal["none"] = "none"
 
 
-class ExampleLevel(Frozen):
-    """DP-SGD inside each site: adding or removing one record changes what leaves by a bounded amount (ε, δ).
+class _Budgeted(Frozen):
+    """A promise, given by its price or by its noise: exactly one of `target_epsilon` and `noise_multiplier`."""
 
-    Exactly one of `target_epsilon` (the noise is calibrated for the whole run) and `noise_multiplier` is given.
-    """
-
-    kind: Literal["example_level"] = "example_level"
-    target_epsilon: float | None = Field(default=None, gt=0, le=100, description="ε for all rounds of a site together")
+    target_epsilon: float | None = Field(default=None, gt=0, le=100, description="ε for all rounds together")
     noise_multiplier: float | None = Field(
         default=None, ge=0.2, le=1000, description="noise std over clip norm; below 0.2 no ε is worth its name"
     )
@@ -30,14 +40,7 @@ class ExampleLevel(Frozen):
         default=None,
         gt=0,
         lt=1,
-        description="null: each site takes 1 / (10 x its published record count); 1/n of a site or more is refused",
-    )
-    clip_norm: float = Field(
-        default=1.0, ge=1e-6, le=1e6, description="L2 bound on one record's gradient, over all trained tensors"
-    )
-    per_example_gradients: Literal["opacus", "one_by_one"] = Field(
-        default="opacus",
-        description="opacus: fast, refuses layers without a rule; one_by_one: exact for every architecture, slower",
+        description="null: 1 / (10 x the published count of protected units); 1/count or more is refused",
     )
     insecure_seed: int | None = Field(
         default=None,
@@ -46,4 +49,141 @@ class ExampleLevel(Frozen):
     )
 
 
-Privacy = Annotated[NoPrivacy | ExampleLevel, Field(discriminator="kind")]
+class _DPSGD(_Budgeted):
+    """DP-SGD on the adapter, inside each site."""
+
+    clip_norm: float = Field(
+        default=1.0, ge=1e-6, le=1e6, description="L2 bound on one unit's gradient, over all trained tensors"
+    )
+    batch_cap: float | None = Field(
+        default=3.0,
+        ge=1.0,
+        le=100.0,
+        description="a larger draw is cut to batch_cap x the expected batch, at random, which bounds memory and is "
+        "accounted (arXiv 2508.15089); null: no cap",
+    )
+    per_example_gradients: Literal["native", "opacus", "one_by_one"] = Field(
+        default="native",
+        description="native: rules for LoRA, DoRA, norms, embeddings and heads, also under gradient checkpointing; "
+        "opacus: its hooks; one_by_one: exact for every architecture, slower on a GPU",
+    )
+    without_rule: Literal["one_by_one", "refuse"] = Field(
+        default="one_by_one",
+        description="when a trained layer has no per-example rule: train example by example (with a warning that names "
+        "it), or refuse",
+    )
+    noise: Literal["gaussian", "discrete"] = Field(
+        default="gaussian",
+        description="gaussian: float64, rounded to a lattice; discrete: sums of integers with discrete Gaussian noise "
+        "(arXiv 2004.00010), accounted by Rényi DP",
+    )
+    loss_noise_multiplier: float | None = Field(
+        default=None,
+        ge=0.2,
+        le=1000,
+        description="release the round's mean training loss with this noise, which is charged; null: not released",
+    )
+    loss_clip: float = Field(default=10.0, gt=0, le=1e4, description="bound on one unit's loss in the released mean")
+
+
+class ExampleLevel(_DPSGD):
+    """The unit is one record of a site: adding or removing it changes what leaves by a bounded amount (ε, δ)."""
+
+    kind: Literal["example_level"] = "example_level"
+
+
+class UserLevel(_DPSGD):
+    """The unit is one user of a site: all records that share a value of the site's `data.user_column`."""
+
+    kind: Literal["user_level"] = "user_level"
+    max_records_per_user: int = Field(
+        default=16, ge=1, description="a user's further records are left out, chosen by a keyed hash"
+    )
+    user_gradient: Literal["mean", "sum"] = Field(
+        default="mean", description="how a user's gradients become one, before it is clipped"
+    )
+
+
+LocalPrivacy = Annotated[NoPrivacy | ExampleLevel | UserLevel, Field(discriminator="kind")]
+"""What a site enforces itself."""
+
+
+class FixedClip(Frozen):
+    """The clip norm is a constant."""
+
+    kind: Literal["fixed"] = "fixed"
+
+
+class AdaptiveClip(Frozen):
+    """The clip norm follows a quantile of the update norms (Andrew et al. 2021, arXiv 1905.03871).
+
+    The count of updates below the norm is noised, and its cost is part of the same ε.
+    """
+
+    kind: Literal["adaptive"] = "adaptive"
+    quantile: float = Field(default=0.5, gt=0, lt=1, description="fraction of updates that should not be clipped")
+    learning_rate: float = Field(default=0.2, gt=0, le=2, description="of the geometric update")
+    count_noise: float = Field(
+        default=1.0, gt=0, le=1e6, description="std of the noise on the count of unclipped updates"
+    )
+
+
+class IndependentNoise(Frozen):
+    """Fresh Gaussian noise in every round."""
+
+    kind: Literal["independent"] = "independent"
+
+
+class _Correlated(Frozen):
+    """Noise correlated over rounds (DP-FTRL): no assumption on how cohorts are sampled, but participation is limited.
+
+    The limits are enforced: a site that took part too recently, or too often, is not asked.
+    """
+
+    min_separation: int = Field(default=1, ge=1, description="rounds from one participation of a site to its next")
+    max_participations: int = Field(default=1, ge=1, description="rounds a site may take part in, over the whole run")
+
+
+class Tree(_Correlated):
+    """Binary-tree aggregation (Kairouz et al. 2021, arXiv 2103.00039)."""
+
+    kind: Literal["tree"] = "tree"
+
+
+class Banded(_Correlated):
+    """Banded matrix factorization (Choquette-Choo et al. 2023, arXiv 2306.08153)."""
+
+    kind: Literal["banded"] = "banded"
+    bands: int = Field(default=4, ge=1, description="at most min_separation")
+
+
+class Blt(_Correlated):
+    """Buffered linear Toeplitz noise (Dvijotham et al. 2024, arXiv 2404.16706)."""
+
+    kind: Literal["blt"] = "blt"
+    buffers: int = Field(default=3, ge=1, le=8)
+
+
+Clipping = Annotated[FixedClip | AdaptiveClip, Field(discriminator="kind")]
+CohortNoise = Annotated[IndependentNoise | Tree | Banded | Blt, Field(discriminator="kind")]
+
+
+class ClientLevel(_Budgeted):
+    """The unit is a whole site: its update is clipped at the site, and the server adds noise to the sum.
+
+    The server is trusted to add the noise and sees each update; the promise holds for whoever sees the adapters.
+    """
+
+    kind: Literal["client_level"] = "client_level"
+    clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6, description="L2 bound on one site's update; where it starts")
+    clipping: Clipping = FixedClip()
+    noise: CohortNoise = IndependentNoise()
+    local: LocalPrivacy = Field(default=NoPrivacy(), description="what each site enforces besides, for its own units")
+
+
+Privacy = Annotated[NoPrivacy | ExampleLevel | UserLevel | ClientLevel, Field(discriminator="kind")]
+
+
+def local_privacy(privacy: Privacy) -> LocalPrivacy:
+    """Return what each site enforces itself under a plan."""
+    return privacy.local if isinstance(privacy, ClientLevel) else privacy

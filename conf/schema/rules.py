@@ -6,6 +6,8 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from conf.schema.privacy import NoPrivacy, local_privacy
+
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
 
@@ -70,8 +72,10 @@ def labels_need_a_classifier(experiment: Experiment) -> str | None:
 
 def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
     """Opacus has no per-example rule for DoRA's magnitude vectors."""
-    privacy = experiment.privacy
-    if privacy.kind == "none" or not experiment.peft.dora or privacy.per_example_gradients != "opacus":
+    privacy = local_privacy(experiment.privacy)
+    if isinstance(privacy, NoPrivacy) or not experiment.peft.dora or privacy.per_example_gradients != "opacus":
+        return None
+    if privacy.without_rule != "refuse":
         return None
     return (
         "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); "

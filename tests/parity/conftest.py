@@ -99,7 +99,7 @@ def plan_of(clip_norm: float, noise: float, normalizer: float = 1.0) -> PrivacyP
     return PrivacyPlan(
         unit="one record",
         relation="add or remove one record of a site",
-        sampling=PoissonSampling(0.5),
+        sampling=PoissonSampling(0.5, 100),
         clip_norm=clip_norm,
         noise_multiplier=noise,
         normalizer=normalizer,

@@ -156,7 +156,7 @@ def test_an_empty_draw_leaves_noise_of_the_right_size(per_example: str, bench: M
 
 def test_a_round_of_empty_draws_still_moves_by_its_noise(bench: Make, make_plan: Make, make_examples: Make) -> None:
     made = bench("llama")
-    plan = replace(make_plan(0.5, 2.0, normalizer=4.0), sampling=PoissonSampling(1e-12))
+    plan = replace(make_plan(0.5, 2.0, normalizer=4.0), sampling=PoissonSampling(1e-12, 100))
     before = made.adapted.extract()
     rule = gradient_rule(plan, "opacus", made.adapted.network, made.trained, SecureStream.insecure(2))
     local = LocalTraining(steps=3, expected_batch_size=4, optimizer=SGD(learning_rate=1.0))

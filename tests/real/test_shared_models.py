@@ -75,7 +75,7 @@ def trained_on(
     objective = build_objective(task)
     adapted.load(adapted.initial(0))
     before = evaluate(adapted, held_out, objective, micro_batch_tokens=TOKENS)
-    plan = build_plan(privacy, local, rounds=1, published_records=len(training), num_records=len(training))
+    plan = build_plan(privacy, local, rounds=1, published_units=len(training), num_units=len(training))
     names = FFALoRA().trained(adapted.names)
     parameters = adapted.train_only(names)
     rule = gradient_rule(plan, "opacus", adapted.network, parameters, SecureStream.insecure(0))

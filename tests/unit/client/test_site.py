@@ -13,7 +13,8 @@ from conf.schema.experiment import Experiment
 from conf.schema.site import SiteFile
 from finetuning.adapters import attach
 from finetuning.models import load_base
-from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import BudgetExceeded, DataError, PrivacyError
 from protocol.instructions import Instruction, InstructionHeader, client_plan
 from protocol.tensors import digest

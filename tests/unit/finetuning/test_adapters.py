@@ -156,7 +156,7 @@ def train(adapted: AdaptedModel, start: dict[str, torch.Tensor], examples: list[
     adapted.load(start)
     trained = adapted.train_only(adapted.names)
     local = LocalTraining(steps=steps, expected_batch_size=4, optimizer=SGD(learning_rate=0.5, momentum=0.9))
-    plan = build_plan(NoPrivacy(), local, rounds=1, published_records=4, num_records=4)
+    plan = build_plan(NoPrivacy(), local, rounds=1, published_units=4, num_units=4)
     task = CausalLM() if examples[0].label is None else LABELS
     rule = PlainGradients(plan, trained, SecureStream.insecure(0))
     train_locally(adapted, trained, examples, build_objective(task), rule, local, seed=1, micro_batch_tokens=256)

@@ -17,7 +17,7 @@ from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
 
-PLAN = PrivacyPlan("one record", "add or remove one record", PoissonSampling(0.5), 1.0, 1.0, 4.0, 1, 1, 1e-5)
+PLAN = PrivacyPlan("record", "add or remove one record", PoissonSampling(0.5, 100), 1.0, 1.0, 4.0, 1, 1, 1e-5)
 
 
 @pytest.fixture

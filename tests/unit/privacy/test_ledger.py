@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from privacy import ledger as ledger_module
-from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.accounting import epsilon_of
 from privacy.ledger import Budget, Ledger
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import BudgetExceeded
 
 STEP = SubsampledGaussian(0.05, 1.0, 10)

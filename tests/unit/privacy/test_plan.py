@@ -7,8 +7,9 @@ import pytest
 
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import ExampleLevel, NoPrivacy
-from privacy.accounting import ACCOUNTANT, SubsampledGaussian, epsilon_of
+from privacy.accounting import ACCOUNTANT, epsilon_of
 from privacy.calibration import calibrate_noise
+from privacy.mechanisms import SubsampledGaussian, Truncation
 from privacy.plan import PrivacyPlan, build_plan, default_delta
 from protocol.errors import PrivacyError
 
@@ -16,13 +17,13 @@ LOCAL = LocalTraining(steps=4, expected_batch_size=50)
 
 
 def plan(privacy: ExampleLevel | NoPrivacy | None = None, **options: Any) -> PrivacyPlan:
-    given = {"rounds": 5, "published_records": 1000, "num_records": 1000, **options}
+    given = {"rounds": 5, "published_units": 1000, "num_units": 1000, **options}
     return build_plan(privacy or ExampleLevel(noise_multiplier=1.0), LOCAL, **given)
 
 
 def test_the_rate_and_the_normalizer_are_public_numbers() -> None:
     """The true count changes nothing that could be observed."""
-    plans = [plan(num_records=count) for count in (1, 999, 1000, 1001)]
+    plans = [plan(num_units=count) for count in (1, 999, 1000, 1001)]
     assert all(each == plans[0] for each in plans)
     assert plans[0].sampling.rate == 0.05
     assert plans[0].normalizer == 50
@@ -31,7 +32,7 @@ def test_the_rate_and_the_normalizer_are_public_numbers() -> None:
 
 def test_delta_is_a_tenth_of_one_over_n() -> None:
     assert plan().delta == default_delta(1000) == pytest.approx(1e-4)
-    assert plan(published_records=300, num_records=300).delta == pytest.approx(1 / 3000)
+    assert plan(published_units=300, num_units=300).delta == pytest.approx(1 / 3000)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,8 @@ def test_a_budget_at_one_over_n_is_refused_whatever_is_asked(asked: float | None
     """Were the answer to depend on what is asked, a server could search for n by asking."""
     for count in (100, 1000):
         with pytest.raises(PrivacyError, match=r"is not below 1/n"):
-            plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=0.01, num_records=count)
-        assert plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=1e-4, num_records=count)
+            plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=0.01, num_units=count)
+        assert plan(ExampleLevel(noise_multiplier=1.0, delta=asked), site_delta=1e-4, num_units=count)
 
 
 def test_a_site_delta_costs_more_noise() -> None:
@@ -71,18 +72,18 @@ def test_a_delta_of_one_over_n_is_refused(published: int, true: int) -> None:
             r"this site's 400 records: publishing one "
             r"record in the clear would keep such a promise; use at most 0\.00025, or null",
         ):
-            plan(ExampleLevel(noise_multiplier=1.0, delta=delta), published_records=published, num_records=true)
-    assert plan(ExampleLevel(noise_multiplier=1.0, delta=0.00249), published_records=published, num_records=true)
+            plan(ExampleLevel(noise_multiplier=1.0, delta=delta), published_units=published, num_units=true)
+    assert plan(ExampleLevel(noise_multiplier=1.0, delta=0.00249), published_units=published, num_units=true)
 
 
 def test_a_batch_larger_than_the_site_is_refused() -> None:
     with pytest.raises(PrivacyError, match=r"the sampling rate is 1\.25.*lower federation\.local\.expected_batch_size"):
-        plan(published_records=40, num_records=40)
+        plan(published_units=40, num_units=40)
 
 
 def test_a_target_is_calibrated_for_all_rounds_together() -> None:
     made = plan(ExampleLevel(target_epsilon=3.0, clip_norm=0.7))
-    assert made.noise_multiplier == calibrate_noise(3.0, 1e-4, 0.05, 20)
+    assert made.noise_multiplier == calibrate_noise(3.0, 1e-4, SubsampledGaussian(0.05, 1.0, 20, Truncation(1000, 150)))
     assert made.epsilon([made.mechanism(4)] * 5) <= 3.0
     assert made.epsilon([made.mechanism(4)] * 5) > 2.99
     assert made.epsilon([made.mechanism(4)] * 6) > 3.0

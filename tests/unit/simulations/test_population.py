@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from conf.compose import compose_experiment
-from privacy.accounting import SubsampledGaussian, epsilon_of
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import ConfigError
 from simulations.population import build_population, nth_site, published_count, site_file
 
