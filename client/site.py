@@ -22,7 +22,7 @@ from client.units import Units, units_of
 from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import Example, TokenizedRows, tokenize_rows
+from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, limit_rows, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan

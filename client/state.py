@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from privacy.identity import identify
+
 from client.units import Units
 from conf.schema.site import SiteFile
-from privacy.identity import identify
 from privacy.ledger import Budget, Ledger, SiteKeys, load_or_create_keys
 from protocol.errors import SiteRefusal
 
@@ -53,6 +54,10 @@ class SiteState:
         ledger = Ledger(where, self._keys.signing, identity, Budget(budget.epsilon, budget.delta, budget.unit))
         self._ledger = (units, ledger)
         return ledger
+
+    def spent(self) -> float:
+        """Return the ε of everything booked for the data set of the last round; 0 before the first."""
+        return 0.0 if self._ledger is None else self._ledger[1].spent()
 
     def record_diagnostics(self, round_number: int, private_facts: Mapping[str, float]) -> None:
         """Append a round's private facts to `diagnostics.jsonl`, for the site's own operator."""
