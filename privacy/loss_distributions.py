@@ -88,6 +88,7 @@ def _one_step(mechanism: SubsampledGaussian, group_size: int, interval: float) -
     """
     noise, drawn = mechanism.noise_multiplier, np.arange(group_size + 1)
     weights = binom.pmf(drawn, group_size, mechanism.sampling_rate)
+    drawn, weights = drawn[weights > 0], weights[weights > 0]
     sampled = _against_zero(noise, drawn, weights, interval)
     cut = 0.0
     if mechanism.truncation is not None:
