@@ -22,7 +22,15 @@ from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
 from simulations.partition import partition
 
-__all__ = ["Population", "build_population", "nth_site", "published_count", "simulated_site", "site_file"]
+__all__ = [
+    "Population",
+    "build_population",
+    "check_simulated_nodes",
+    "nth_site",
+    "published_count",
+    "simulated_site",
+    "site_file",
+]
 
 
 @dataclass(frozen=True)
@@ -121,22 +129,38 @@ def simulated_site(context: Context) -> Site:
         )
     stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
     experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
-    return nth_site(experiment, int(context.node_config["partition-id"]), _scratch(context.run_id))
+    position, nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    return nth_site(experiment, position, nodes, _scratch(context.run_id))
 
 
-def nth_site(experiment: Experiment, position: int, state: Path) -> Site:
-    """Return the site at a position in the order of names; the population is read once per process.
+def nth_site(experiment: Experiment, position: int, nodes: int, state: Path) -> Site:
+    """Return the site of one of Flower's simulated nodes: node n is the n-th site in the order of names.
+
+    The population is read once per process.
 
     Raises:
-        ConfigError: there are fewer sites than that.
+        ConfigError: the engine does not simulate one node per site.
     """
     sites = _sites(experiment.canonical_json(), state)
-    if position >= len(sites):
-        raise ConfigError(
-            f"Flower simulates node {position + 1}, the experiment has {len(sites)} sites; start it with "
-            f'--federation-config "num-supernodes={len(sites)}"'
-        )
+    _check_nodes(nodes, len(sites))
     return sites[position]
+
+
+def check_simulated_nodes(experiment: Experiment, nodes: int) -> None:
+    """Refuse to train a part of the sites without anybody having said so.
+
+    Raises:
+        ConfigError: Flower's engine simulates more or fewer nodes than the experiment has sites.
+    """
+    _check_nodes(nodes, len(build_population(experiment).parts))
+
+
+def _check_nodes(nodes: int, sites: int) -> None:
+    if nodes != sites:
+        raise ConfigError(
+            f"Flower simulates {nodes} nodes, the experiment has {sites} sites; start it with: "
+            f'flwr run . --federation-config "num-supernodes={sites}"'
+        )
 
 
 @lru_cache(maxsize=2)
