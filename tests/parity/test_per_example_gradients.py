@@ -26,7 +26,7 @@ def examples_for(family: str, make_examples: Make, seed: int = 0) -> list[Exampl
 
 @pytest.mark.parametrize("family", [*CAUSAL, *ENCODERS])
 @pytest.mark.parametrize("strategy", ["fedit", "ffa_lora"])
-def test_opacus_equals_one_example_at_a_time(
+def test_native_equals_one_example_at_a_time(
     family: str, strategy: str, bench: Make, make_examples: Make, error_of: Make, total_norm: Make
 ) -> None:
     made = bench(family, strategy)
