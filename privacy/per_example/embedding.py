@@ -21,10 +21,10 @@ def embedding_rule(module: nn.Module, recorder: Recorder) -> Forward | None:
     """Return the forward of an `nn.Embedding` without renormalization or frequency scaling; None for others."""
     if type(module) is not nn.Embedding or _is_special(module):
         return None
-    deposit = recorder.deposit_for(module.weight)
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        return _Lookup.apply(ids, module.weight, module.padding_idx, deposit)  # type: ignore[return-value]
+        return _Lookup.apply(ids, weight, module.padding_idx, recorder.deposit_for(weight))  # type: ignore[return-value]
 
     return forward
 
