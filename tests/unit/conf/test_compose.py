@@ -89,7 +89,11 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
         ),
         (["task=classification", "task.labels=[a,b]"], "task=classification needs data.columns.kind=labelled"),
         (["data=csv_labelled", "data.source.path=x.csv"], "data.columns.kind=labelled needs task=classification"),
-        (["peft.dora=true", "strategy=fedit"], "peft.dora=true has no per-example gradient rule in Opacus"),
+        (
+            ["peft.dora=true", "strategy=fedit", "privacy.per_example_gradients=opacus", "privacy.without_rule=refuse"],
+            "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); set "
+            "privacy.per_example_gradients=native, or peft.dora=false",
+        ),
         (["peft.dora=true", "privacy=none"], "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude"),
         (["privacy.target_epsilon=null"], "neither is set; give exactly one of"),
         (["task=classification", "data=csv_labelled", "data.source.path=x.csv", "task.labels=[a,a]"], "repeated: a"),
@@ -97,6 +101,11 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
 )
 def test_illegal_combinations(overrides: list[str], message: str) -> None:
     assert message in problems(*overrides)
+
+
+@pytest.mark.parametrize("backend", [[], ["privacy.per_example_gradients=opacus"]])
+def test_dora_trains_privately_where_a_rule_or_a_way_out_exists(backend: list[str]) -> None:
+    assert compose_experiment(["peft.dora=true", "strategy=fedit", *backend]).peft.dora
 
 
 @pytest.mark.parametrize(
