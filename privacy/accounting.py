@@ -116,9 +116,7 @@ def selection_epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float, *,
     return renyi_selection_epsilon(list(mechanisms), delta, mean_trials)
 
 
-def epsilon_over_sites(
-    sites: Sequence[Sequence[SubsampledGaussian]], delta: float, *, overlap: int = 1
-) -> float:
+def epsilon_over_sites(sites: Sequence[Sequence[SubsampledGaussian]], delta: float, *, overlap: int = 1) -> float:
     """Return what a federation costs a person who is present at no more than `overlap` of its sites.
 
     One site: the largest ε, never the sum, since the other sites' outputs do not depend on the person. More sites: the

@@ -8,7 +8,9 @@ noise from torch's global generator (docs/decisions/0003).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -16,6 +18,7 @@ from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 
 from privacy.clipping import clipped_sum, sum_by_unit
+from privacy.noise import NoiseAhead
 from privacy.per_example import ONE_BY_ONE, PatchedForwards, Recorder
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
@@ -25,7 +28,7 @@ from protocol.errors import PrivacyError
 __all__ = ["NativeGradients", "OneByOneGradients", "OpacusGradients", "layers_without_opacus_rule"]
 
 
-class _NoisySum:
+class _NoisySum(ABC):
     """What all ways of getting per-example gradients share: the running clipped sum, and the noised result."""
 
     max_micro_batch: int | None = None
@@ -34,7 +37,7 @@ class _NoisySum:
         self._plan = plan
         self._trained = trained
         self._stream = stream
-        self._noise = plan.noise
+        self._noise = plan.noise(sum(parameter.numel() for parameter in trained.values()))
         self._sums = self._zeros()
         self._loss = None if plan.loss is None else ReleasedLoss(plan, plan.loss)
         self.clipped = 0
@@ -45,8 +48,13 @@ class _NoisySum:
         """The noised mean loss of the finished steps, or None where the plan releases none."""
         return None if self._loss is None else self._loss.value
 
+    @cached_property
+    def _ahead(self) -> NoiseAhead:
+        return NoiseAhead(self._noise, tuple(self._trained.values()), self._stream)
+
     def draw(self, num_units: int) -> list[int]:
         """Return the positions of the units that this step uses: a Poisson sample at the plan's rate."""
+        _ = self._ahead  # the first step's noise is drawn from now on, beside the gradients
         return self._plan.sampling.draw(num_units, self._stream)
 
     def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
@@ -71,20 +79,23 @@ class _NoisySum:
 
     def finish(self) -> None:
         """Write (clipped sum + noise) / normalizer into `.grad`; an empty draw still takes its noise."""
-        for parameter, noised in zip(self._trained.values(), self._noise.add(self._sums, self._stream), strict=True):
+        for parameter, noised in zip(self._trained.values(), self._ahead.add(self._sums), strict=True):
             parameter.grad = (noised / self._plan.normalizer).to(parameter.dtype)
         self._sums = self._zeros()
         if self._loss is not None:
             self._loss.finish(self._stream)
 
     def close(self) -> None:
-        """Nothing was attached to the network."""
+        """End the drawing of noise."""
+        if "_ahead" in self.__dict__:
+            self._ahead.close()
+
+    @abstractmethod
+    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient, one tensor of shape (units, *parameter shape) per parameter."""
 
     def _zeros(self) -> tuple[torch.Tensor, ...]:
         return tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
-
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
-        raise NotImplementedError
 
 
 class NativeGradients(_NoisySum):
@@ -103,6 +114,7 @@ class NativeGradients(_NoisySum):
 
     def close(self) -> None:
         """Put the layers' own forwards back."""
+        super().close()
         self._patched.close()
 
     def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
@@ -145,6 +157,7 @@ class OpacusGradients(_NoisySum):
 
     def close(self) -> None:
         """Remove the hooks."""
+        super().close()
         self._hooks.cleanup()
 
     def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:

@@ -11,8 +11,9 @@ from conf.schema.federation import LocalTraining
 from conf.schema.privacy import ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
 from privacy.accounting import ACCOUNTANT, epsilon_of
 from privacy.calibration import calibrate_noise
+from privacy.discrete import DiscreteNoise
 from privacy.mechanisms import SubsampledGaussian
-from privacy.noise import GaussianNoise
+from privacy.noise import GaussianNoise, Noise
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
 
@@ -66,9 +67,10 @@ class PrivacyPlan:
         """Who computed the ε of this plan."""
         return ACCOUNTANT if self.is_private else "none"
 
-    @property
-    def noise(self) -> GaussianNoise:
-        """The noise, scaled by the sensitivity that the clip fixes."""
+    def noise(self, dimension: int) -> Noise:
+        """Return the noise for sums of `dimension` coordinates, scaled by the sensitivity that the clip fixes."""
+        if self.discrete:
+            return DiscreteNoise(self.noise_multiplier, self.clip_norm, dimension)
         return GaussianNoise(self.noise_multiplier, self.clip_norm if self.is_private else 0.0)
 
     def mechanism(self, steps: int) -> SubsampledGaussian:

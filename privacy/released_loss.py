@@ -21,7 +21,7 @@ class ReleasedLoss:
 
     def __init__(self, plan: PrivacyPlan, release: LossRelease) -> None:
         # The same kind of noise as the gradient's, with the loss's own bound and multiplier.
-        self._noise = replace(plan, noise_multiplier=release.noise_multiplier, clip_norm=release.clip).noise
+        self._noise = replace(plan, noise_multiplier=release.noise_multiplier, clip_norm=release.clip).noise(1)
         self._normalizer = plan.normalizer
         self._step = self._empty()
         self._total, self._steps = 0.0, 0
