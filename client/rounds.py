@@ -16,9 +16,9 @@ from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from privacy.accounting import epsilon_of
-from privacy.ledger import Booking, Ledger, ReplayDiverged
+from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
-from protocol.errors import BudgetExceeded, PrivacyError, ReplyRejected, SiteRefusal
+from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
 from protocol.tensors import digest, layout_of, verify

@@ -117,4 +117,4 @@ def filter_epsilon(mechanisms: Iterable[SubsampledGaussian], budget: Budget, ent
         if entry.kind == "reserve" and entry.content["budget"]["delta"] == budget.delta:
             epsilon = entry.content["budget"]["epsilon"]
             break
-    return RenyiFilter(epsilon, budget.delta).epsilon(list(mechanisms))
+    return RenyiFilter(epsilon, budget.delta).epsilon_of(mechanisms)
