@@ -19,13 +19,15 @@ SMALL = (
     "experiment=smoke",
     "federation.local.expected_batch_size=6",
     "federation.local.steps=2",
-    "privacy.insecure_seed=5",
 )
 
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., Experiment]:
-    return lambda *overrides: compose_experiment([*SMALL, *overrides])
+    def make(*overrides: str, private: bool = True) -> Experiment:
+        return compose_experiment([*SMALL, "privacy.insecure_seed=5" if private else "privacy=none", *overrides])
+
+    return make
 
 
 @pytest.fixture(scope="session")

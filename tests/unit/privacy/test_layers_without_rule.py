@@ -100,7 +100,7 @@ def test_the_refusal_says_what_to_do(per_example: str, adapted: Callable[..., Ad
     with pytest.raises(
         PrivacyError,
         match=rf"^\d trained layer\(s\) have no per-example gradient rule in {per_example}: \S+.*; set privacy\.per_"
-        r"example_gradients=one_by_one \(exact for every architecture, slower\), or leave the layer out of peft\.targets",
+        r"example_gradients=one_by_one \(exact for every architecture, slower\), or leave the layer out of peft\.",
     ):
         gradient_rule(PLAN, per_example, made.network, made.parameters, SecureStream.insecure(0), without_rule="refuse")
     assert not any(module._backward_hooks or "forward" in vars(module) for module in made.network.modules())
