@@ -22,9 +22,9 @@ class RenyiFilter:
 
     Rényi costs at one order may be summed as if they had been fixed in advance, although each was chosen adaptively, as
     long as the sum is never let above a limit that was: Feldman and Zrnic 2021 (arXiv 2008.11193), sections 3 and 4;
-    Lécuyer 2021 (arXiv 2103.01379). No such theorem is known for privacy loss distributions, and a bound that is good for fixed
-    parameters may fail for adaptive ones (Rogers et al. 2016, arXiv 1605.08294): a schedule that was not declared
-    beforehand is admitted here and nowhere else.
+    Lécuyer 2021 (arXiv 2103.01379). No such theorem is known for privacy loss distributions, and a bound that is good
+    for fixed parameters may fail for adaptive ones (Rogers et al. 2016, arXiv 1605.08294): a schedule that was not
+    declared beforehand is admitted here and nowhere else.
 
     The order follows from (`epsilon`, `delta`) alone, so nobody can choose it after the fact. Unsampled Gaussian steps
     cost in proportion to the order, and the most of them fit where limit / order is largest; the order is the smallest

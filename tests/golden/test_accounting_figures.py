@@ -1,4 +1,4 @@
-"""Figures that were computed elsewhere, each with where it comes from. A change of any of them is a change of promises."""
+"""Figures that were computed elsewhere, each with where it comes from. Who changes one changes promises."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_a_tiny_rate_needs_a_fine_grid() -> None:
     ("noise", "figures"), [(1.0, (3.03, 6.68, 15.4, 37.5)), (2.0, (1.01, 2.19, 4.83, 11.1))], ids=["1", "2"]
 )
 def test_groups_of_records(noise: float, figures: tuple[float, ...]) -> None:
-    """Rate 0.02, 600 steps, δ = 1e-5, groups of 1, 2, 4 and 8: dp-accounting's mixture of Gaussians over Binomial(k, q).
+    """Rate 0.02, 600 steps, δ = 1e-5, groups of 1, 2, 4 and 8: mixture of Gaussians, Binomial(k, q).
 
     k·ε would look smaller, but belongs to a δ of k e^((k-1)ε) δ.
     """
@@ -93,8 +93,8 @@ def test_what_a_cut_costs(noise: float, most: float) -> None:
 def test_the_gboard_figures(rho: float, exact: float, renyi: float) -> None:
     """Published for models trained with DP-FTRL, at δ = 1e-10, as ρ-zCDP: one Gaussian of signal √(2ρ).
 
-    Noise 7.0 and a squared sensitivity of 79 (tree, 6 participations, 313 rounds apart): ρ = 79/98 = 0.8061; noise 1.411
-    and 3 participations: ρ = 0.150684 = 3/(2·1.411²) x 0.2 %-exact; noise 8.35 and 2 participations: ρ = 2/(2·8.35²).
+    Noise 7.0 and a squared sensitivity of 79 (tree, 6 participations, 313 rounds apart): ρ = 79/98 = 0.8061; noise
+    1.411 and 3 participations: ρ = 0.150684 as published; noise 8.35 and 2 participations: ρ = 2/(2·8.35²) = 0.01434.
     Published were the Rényi conversions; the exact one (Balle and Wang 2018, equation 6) of the same noise is smaller.
     """
     assert epsilon_of([SubsampledGaussian(1.0, 1 / math.sqrt(2 * rho), 1)], 1e-10) == pytest.approx(exact, abs=6e-4)
