@@ -3,11 +3,11 @@
 Of several exact or upper bounds the tightest valid one is stated (docs/decisions/0006-accounting.md):
 
 - unsampled Gaussians only: one Gaussian, converted exactly;
-- Poisson-sampled Gaussians, batches cut or not: privacy loss distributions on a grid that is halved until ε stands still;
+- Poisson-sampled Gaussians, batches cut or not: privacy loss distributions, the grid halved until ε stands still;
 - any discrete noise among them: Rényi differential privacy for all of them.
 
-Neighbors differ in one unit, added or removed; where a batch is cut, in one emptied slot of a published number of slots.
-Both give uncut sampling the same pair of distributions, so one composition may hold both kinds.
+Neighbors differ in one unit, added or removed; where a batch is cut, in one emptied slot of a published number of
+them. Both give uncut sampling the same pair of distributions, so one composition may hold both kinds.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def rdp_epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float, *, gr
 def selection_epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float, *, mean_trials: float) -> float:
     """Return what a hyperparameter search costs that tells the best of Poisson(`mean_trials`) runs and nothing else.
 
-    Every run executes all of `mechanisms`. The number of runs must be drawn, a fixed one is not covered; the score may be
-    computed on private data. Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 6.
+    Every run executes all of `mechanisms`, and the best is chosen by what they release: a score on private data counts
+    among them. The number of runs must be drawn, a fixed one is not covered. Papernot and Steinke 2022 (arXiv
+    2110.03620), Theorem 6.
 
     Raises:
         PrivacyError: a mean below 1.
@@ -141,7 +142,7 @@ def epsilon_over_sites(sites: Sequence[Sequence[SubsampledGaussian]], delta: flo
 
 
 def _merged(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussian, ...]:
-    """Return one mechanism per set of parameters, in order of appearance, and one for all unsampled Gaussians at the end.
+    """Return one mechanism per set of parameters, in order of appearance; unsampled Gaussians become one, at the end.
 
     Steps with the same parameters compose faster together; a history that grows at its end keeps its beginning, which
     the loss distributions remember.

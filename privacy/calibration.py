@@ -45,9 +45,9 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
         bracket = _bracket(stated, target_epsilon)
     if bracket is None:
         raise PrivacyError(
-            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling rate "
-            f"{mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε or fewer "
-            "steps"
+            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
+            f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
+            "or fewer steps"
         )
     low, high = bracket
     if low == high:

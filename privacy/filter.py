@@ -13,7 +13,7 @@ from protocol.errors import PrivacyError
 __all__ = ["RenyiFilter"]
 
 _ORDERS = range(2, 1025)
-_SHARE = 0.8
+_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,15 @@ class RenyiFilter:
     """Admits steps while their Rényi costs at one fixed order stay within what (`epsilon`, `delta`) leaves.
 
     Rényi costs at one order may be summed as if they had been fixed in advance, although each was chosen adaptively, as
-    long as the sum is never let above a limit that was: Feldman and Zrnic 2021 (arXiv 2008.11193), Theorem 3.1; Lécuyer
-    2021 (arXiv 2103.01379). Privacy loss distributions have no such theorem (Rogers et al. 2016, arXiv 1605.08294, define
-    filters and their pitfalls): a schedule that is not declared beforehand is admitted here and nowhere else.
+    long as the sum is never let above a limit that was: Feldman and Zrnic 2021 (arXiv 2008.11193), sections 3 and 4;
+    Lécuyer 2021 (arXiv 2103.01379). No such theorem is known for privacy loss distributions, and a bound that is good
+    for fixed parameters may fail for adaptive ones (Rogers et al. 2016, arXiv 1605.08294): a schedule that was not
+    declared beforehand is admitted here and nowhere else.
 
     The order follows from (`epsilon`, `delta`) alone, so nobody can choose it after the fact. Unsampled Gaussian steps
-    cost in proportion to the order, and the most of them fit where limit / order is largest; the order is the smallest at
-    which at least 80 percent of that many fit. Smaller is safer: the cost of a sampled step falls a little below the best
-    order, and grows exponentially above it. It is an integer, at which the cost of sampled discrete noise is exact.
+    cost in proportion to the order, and the most of them fit where limit / order is largest; the order is the smallest
+    at which at least 85 percent of that many fit. Smaller is safer: below the best order a few sampled steps fewer fit,
+    above it their cost grows exponentially. It is an integer, at which the cost of sampled discrete noise is exact.
 
     Raises:
         PrivacyError: an ε or δ for which no order leaves anything.
@@ -40,10 +41,10 @@ class RenyiFilter:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and 0 < self.delta < 1):
             raise PrivacyError(f"a filter needs epsilon > 0 and 0 < delta < 1, not ({self.epsilon}, {self.delta})")
-        if self.limit <= 0:
+        if max(map(self._limit_at, _ORDERS)) <= 0:
             raise PrivacyError(
-                f"a budget of epsilon={self.epsilon:g} at delta={self.delta:g} leaves nothing for adaptive choices at any "
-                f"Rényi order up to {_ORDERS[-1]}; raise the budget or declare the schedule before the run"
+                f"a budget of epsilon={self.epsilon:g} at delta={self.delta:g} leaves nothing for adaptive choices at "
+                f"any Rényi order up to {_ORDERS[-1]}; raise the budget or declare the schedule before the run"
             )
 
     @cached_property
@@ -71,7 +72,8 @@ class RenyiFilter:
         The promise of the whole adaptive run is `epsilon`, fixed beforehand. This is information on the way (an
         odometer), and no promise of its own.
         """
-        return max(0.0, self.cost(mechanisms) + float(conversion(self.order, self.delta)))
+        cost = self.cost(mechanisms)
+        return max(0.0, cost + float(conversion(self.order, self.delta))) if cost else 0.0
 
     def _limit_at(self, order: int) -> float:
         return self.epsilon - float(conversion(order, self.delta))
