@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import config, data, simulate, study
+from cli import config, data, ledger, simulate, study
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,7 @@ app.command("simulate")(simulate.simulate_command)
 app.command("config")(config.config_command)
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:
