@@ -202,9 +202,9 @@ def _probe(patient: _Patient, plan: PrivacyPlan) -> Probe:
     """Return sums over a few units by the real loop and rule, without noise, all drawn."""
     units = _units(patient, plan)[:_PROBED]
     alone = tuple(_alone(patient, rows) for rows in units)
-    # Half of the units are longer than this, and half shorter.
+    # Most units are longer than this, some shorter.
     norms = sorted(float(gradient.norm()) for gradient in alone)
-    clip_norm = norms[len(norms) // 2] * 0.999 if plan.is_private else math.inf
+    clip_norm = norms[len(norms) // 4] * 0.999 if plan.is_private else math.inf
     probing = replace(
         plan,
         clip_norm=clip_norm,

@@ -220,3 +220,9 @@ def _skewed_owners(rows: int, config: SizeSkewedPartition, seed: int) -> np.ndar
             f"{config.sites} sites at data.partition.ratio={config.ratio:g}; lower data.partition.ratio or sites"
         )
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(config.sites), sizes))
+
+
+def published_count(records: int) -> int:
+    """Return a record count rounded to two digits: what a simulated site says in public."""
+    digits = max(len(str(records)) - 2, 0)
+    return max(round(records, -digits), 1)

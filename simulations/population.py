@@ -22,9 +22,9 @@ from privacy.accounting import epsilon_of
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import default_delta
 from protocol.errors import ConfigError
-from simulations.partition import partition
+from simulations.partition import partition, published_count
 
-__all__ = ["Population", "build_population", "nth_site", "published_count", "simulated_site", "site_file"]
+__all__ = ["Population", "build_population", "nth_site", "simulated_site", "site_file"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,6 @@ def build_population(experiment: Experiment) -> Population:
     """
     rows, heldout = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
-
-
-def published_count(records: int) -> int:
-    """Return a record count rounded to two digits: what a simulated site says in public."""
-    digits = max(len(str(records)) - 2, 0)
-    return max(round(records, -digits), 1)
 
 
 def site_file(experiment: Experiment, name: str, records: int, state: Path) -> SiteFile:

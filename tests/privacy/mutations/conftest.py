@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import client.rounds
+import simulations.doctor
 from conf.compose import compose_experiment
 from conf.schema.experiment import Experiment
+from privacy.doctor.diagnosis import diagnose
 from privacy.doctor.subject import Subject
 from simulations.doctor import observe_site
 from simulations.population import Population, build_population
@@ -25,7 +29,7 @@ SETTINGS = (
     "federation.local.expected_batch_size=8",
     "privacy.batch_cap=null",
 )
-WORDS = "sore throat fever pain stairs pulse normal prince silence phone battery week card transfer great value".split()
+WORDS = ("sore", "throat", "fever", "pain", "stairs", "pulse", "normal", "prince", "silence", "battery", "great")
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +55,67 @@ def population(experiment: Experiment) -> Population:
 def observe(experiment: Experiment, population: Population, tmp_path: Path) -> Callable[[], Subject]:
     """Return what the doctor observes of the real code, as it is when called."""
     return lambda: observe_site(experiment, population.parts, tmp_path)
+
+
+@dataclass(frozen=True)
+class Caught:
+    """A planted fault, what it does, and the checks that failed: first the one that had to, whose code is `code`."""
+
+    fault: str
+    what: str
+    checks: tuple[str, ...]
+    code: int
+
+
+CAUGHT = pytest.StashKey[dict[str, Caught]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="write docs/mutations.md from what was caught")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name): the fault that the test plants")
+    config.stash[CAUGHT] = {}
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], None]:
+    """Replace a function where rounds call it, and where the doctor's own probe does."""
+
+    def replace_everywhere(name: str, value: object) -> None:
+        for module in (client.rounds, simulations.doctor):
+            monkeypatch.setattr(module, name, value)
+
+    return replace_everywhere
+
+
+@pytest.fixture
+def catches(observe: Callable[[], Subject], request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Assert that a check, given by its exit code, fails; note all that fail for the table."""
+
+    def assert_caught(code: int) -> None:
+        verdicts = diagnose(observe())
+        failed = {number: verdict for number, verdict in verdicts.items() if verdict.passed is False}
+        assert code in failed, f"check {code} did not fail; failed: {failed}"
+        fault = request.node.get_closest_marker("fault").args[0]
+        checks = (verdicts[code].name, *(verdict.name for number, verdict in failed.items() if number != code))
+        request.config.stash[CAUGHT][fault] = Caught(fault, (request.function.__doc__ or "").strip(), checks, code)
+
+    return assert_caught
+
+
+@pytest.fixture
+def caught(request: pytest.FixtureRequest) -> dict[str, Caught]:
+    """What the tests before this one have caught."""
+    return request.config.stash[CAUGHT]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table: what was planted, and what caught it."""
+    rows = list(config.stash[CAUGHT].values())
+    if not rows:
+        return
+    terminalreporter.section("planted faults")
+    for row in rows:
+        terminalreporter.write_line(f"{row.fault:<45} caught by: {'; '.join(row.checks)}")
