@@ -20,7 +20,7 @@ from conf.schema.data import (
 from finetuning.datasets import Row, cell, nearest
 from protocol.errors import DataError
 
-__all__ = ["OTHERS", "Holdings", "partition", "plot_partition", "who_holds_what"]
+__all__ = ["OTHERS", "Holdings", "partition", "plot_partition", "published_count", "who_holds_what"]
 
 OTHERS = "(others)"
 """Column of `Holdings` that gathers all values but the most frequent ones."""
