@@ -30,7 +30,7 @@ def outlook_table(outlooks: Sequence[Outlook], unit: str) -> Table:
             str(each.published),
             f"{each.sampling_rate:.3g}",
             _number(each.noise_multiplier),
-            epsilon_text(each.epsilon) if each.epsilon is None or math.isfinite(each.epsilon) else "none",
+            _epsilon(each),
             delta_text(each.delta),
             _number(each.snr_round),
             _number(each.snr_run),
@@ -54,7 +54,7 @@ def what_if_table(now: Outlook, others: Sequence[Outlook]) -> Table:
             "(as it is)" if each is now else each.label,
             f"{each.sampling_rate:.3g}",
             _number(each.noise_multiplier) if not each.problem else "infeasible",
-            epsilon_text(each.epsilon),
+            _epsilon(each),
             _number(each.snr_run),
             f"{each.snr_run / now.snr_run:.2f} x" if known and each.snr_run is not None and now.snr_run else "–",
         )
@@ -101,3 +101,7 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if math.isfinite(value) else "∞"
+
+
+def _epsilon(outlook: Outlook) -> str:
+    return "none" if outlook.epsilon == math.inf else epsilon_text(outlook.epsilon)

@@ -29,7 +29,7 @@ __all__ = [
 
 _MOST_NOISE = 1000.0
 """The calibration looks no further."""
-_ROUND_UP = 1.01
+_STRIDE, _STRIDES = 1.1, 20
 
 
 @dataclass(frozen=True)
@@ -176,20 +176,29 @@ def _louder_loss(scenario: Scenario) -> Iterator[str]:
 
 
 def _reachable(scenario: Scenario, privacy: ExampleLevel | UserLevel, target: float) -> Iterator[str]:
-    """Yield the least ε that the steps can cost, and the most rounds that the target allows."""
+    """Yield a target near the least ε that the steps can cost, and the most rounds that the target allows."""
 
-    def least(rounds: int) -> float:
-        loudest = privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": _MOST_NOISE})
-        plan = _plan(replace(scenario, privacy=loudest, rounds=rounds))
-        return plan.epsilon([plan.whole_run])
+    def works(target: float, rounds: int) -> bool:
+        try:
+            _plan(replace(scenario, privacy=privacy.model_copy(update={"target_epsilon": target}), rounds=rounds))
+        except PrivacyError:
+            return False
+        return True
 
-    if least(scenario.rounds) <= target:
+    if works(target, scenario.rounds):
         return
-    yield f"privacy.target_epsilon={_ROUND_UP * least(scenario.rounds):.3g}"
+    loudest = privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": _MOST_NOISE})
+    plan = _plan(replace(scenario, privacy=loudest))
+    # The calibration gives up a little above what the accountant could reach: go up in small steps until it does not.
+    least = plan.epsilon([plan.whole_run])
+    rounded = (float(f"{least * _STRIDE**step:.3g}") for step in range(1, _STRIDES))
+    reachable = next((each for each in rounded if works(each, scenario.rounds)), None)
+    if reachable is not None:
+        yield f"privacy.target_epsilon={reachable:g}"
     enough, too_many = 0, scenario.rounds
     while too_many - enough > 1:
         middle = (enough + too_many) // 2
-        enough, too_many = (middle, too_many) if least(middle) <= target else (enough, middle)
+        enough, too_many = (middle, too_many) if works(target, middle) else (enough, middle)
     if enough:
         yield f"federation.rounds={enough}"
 
