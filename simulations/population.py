@@ -20,14 +20,13 @@ from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
 from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
-from simulations.partition import partition
+from simulations.partition import partition, published_count
 
 __all__ = [
     "Population",
     "build_population",
     "check_simulated_nodes",
     "nth_site",
-    "published_count",
     "simulated_site",
     "site_file",
 ]
@@ -59,12 +58,6 @@ def build_population(experiment: Experiment) -> Population:
     """
     rows, heldout = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
-
-
-def published_count(records: int) -> int:
-    """Return a count rounded up to two digits: what a simulated site says in public. Every record has a slot in it."""
-    step = 10 ** max(len(str(records)) - 2, 0)
-    return max(-(-records // step) * step, 1)
 
 
 def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
