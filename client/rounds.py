@@ -11,20 +11,21 @@ import torch
 
 from client.policy import check_policy
 from client.state import SiteState
-from conf.schema.privacy import NoPrivacy, local_privacy
+from conf.schema.privacy import NoPrivacy, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.tasks.build import build_objective
 from privacy.accounting import epsilon_of
+from privacy.client_level import clip_update
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.ledger import Ledger, Reservation
 from privacy.plan import PrivacyPlan, build_plan
 from privacy.randomness import SecureStream
 from protocol.errors import BudgetExceeded, PrivacyError, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
-from protocol.tensors import digest, layout_of, subtract, verify
+from protocol.tensors import NamedTensors, digest, layout_of, subtract, verify
 from strategies.build import build_strategy
 
 __all__ = ["RoundWork", "answer", "rehearse"]
@@ -69,6 +70,9 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
     finally:
         rule.close()
     update = subtract(adapted.extract(), start, trained_names)
+    below_clip = None
+    if header.clip_norm is not None:  # client-level: the last step on real values
+        update, below_clip = _clipped(update, header.clip_norm)
     if reservation is not None and ledger is not None:
         ledger.commit(reservation)
 
@@ -82,9 +86,17 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
             adapter_digest=header.adapter_digest,
             privacy=_statement(privacy, ledger, plan),
             metrics=_released(diagnostics, work.file),
+            below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
         ),
         update,
     )
+
+
+def _clipped(update: NamedTensors, clip_norm: float) -> tuple[NamedTensors, bool]:
+    try:
+        return clip_update(update, clip_norm)
+    except PrivacyError as error:
+        raise SiteRefusal("update_not_finite", str(error)) from error
 
 
 def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
