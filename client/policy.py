@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from conf.schema.privacy import local_privacy
-from conf.schema.site import SiteFile
+from conf.schema.site import SiteFile, SitePolicy
 from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader
 
 __all__ = ["check_policy"]
+
+_UNITS = {"example_level": "record", "user_level": "user"}
 
 
 def check_policy(site: SiteFile, header: InstructionHeader) -> None:
@@ -29,7 +31,9 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
     asked = local_privacy(plan.privacy)
     if asked.kind == "none":
-        if not policy.allow_no_privacy:
+        if plan.privacy.kind == "client_level":
+            _check_trust(policy)
+        elif not policy.allow_no_privacy:
             raise SiteRefusal(
                 "no_privacy", "the plan protects nothing and this site's policy.allow_no_privacy is false"
             )
@@ -38,5 +42,20 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
         raise SiteRefusal(
             "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
         )
+    if asked.kind == "user_level" and site.published_users is None:
+        raise SiteRefusal("no_users", "this site publishes no count of users, so it takes no part in user-level runs")
+    if site.budget is not None and site.budget.unit != _UNITS[asked.kind]:
+        raise SiteRefusal(
+            "wrong_unit", f"this site's budget counts each {site.budget.unit}, the plan protects a {_UNITS[asked.kind]}"
+        )
     if site.budget is None:
         raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
+
+
+def _check_trust(policy: SitePolicy) -> None:
+    """Client-level noise is added by the server, which sees this site's clipped update first."""
+    if not policy.trust_server_noise:
+        raise SiteRefusal(
+            "no_trust_in_server_noise",
+            "the plan leaves the noise to the server and this site's policy.trust_server_noise is false",
+        )

@@ -170,7 +170,7 @@ def _sentence(problem: Any, tree: Mapping[Any, Any]) -> str:
     location = _without_tags(problem["loc"], tree)
     path = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"{path} is not a known key{_nearest_key(location)}"
+        return f"{path} is not a known key{_nearest_key(location, tree)}"
     if problem["type"] == "missing":
         return f"{path} is required and has no value; set {path}=..."
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -197,22 +197,31 @@ def _without_tags(location: Sequence[str | int], tree: Mapping[Any, Any]) -> lis
     return path
 
 
-def _nearest_key(location: Sequence[str]) -> str:
-    known = sorted(_fields_at(location[:-1]))
+def _nearest_key(location: Sequence[str], tree: Mapping[Any, Any]) -> str:
+    known = sorted(_fields_at(location[:-1], tree))
     return _nearest(location[-1], known) + (f"; known here: {', '.join(known)}" if known else "")
 
 
-def _fields_at(location: Sequence[str]) -> set[str]:
-    """Return the names of every field that can stand at a path, over all variants of the unions on the way."""
+def _fields_at(location: Sequence[str], tree: Mapping[Any, Any]) -> set[str]:
+    """Return the names of every field that can stand at a path, in the variants that the tree's `kind`s choose."""
     models: list[type[BaseModel]] = [Experiment]
+    node: Any = tree
     for part in location:
-        models = [
-            inner
+        node = node.get(part) if isinstance(node, Mapping) else None
+        kind = node.get("kind") if isinstance(node, Mapping) else None
+        inner = [
+            variant
             for model in models
             if part in model.model_fields
-            for inner in _models_in(model.model_fields[part].annotation)
+            for variant in _models_in(model.model_fields[part].annotation)
         ]
+        chosen = [variant for variant in inner if kind is not None and _kind_of(variant) == kind]
+        models = chosen or inner
     return {name for model in models for name in model.model_fields}
+
+
+def _kind_of(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

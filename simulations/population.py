@@ -18,9 +18,7 @@ from conf.schema.experiment import Experiment
 from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
-from privacy.accounting import epsilon_of
-from privacy.mechanisms import SubsampledGaussian
-from privacy.plan import default_delta
+from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
 from simulations.partition import partition
 
@@ -37,7 +35,10 @@ class Population:
     def sites(self, experiment: Experiment, state: Path) -> dict[str, Site]:
         """Return a site per part, in the order of their names, each with its own state directory under `state`."""
         return {
-            name: Site(site_file(experiment, name, len(rows), state / name), rows=_given(rows))
+            name: Site(
+                site_file(experiment, name, len(rows), state / name, _users(rows, experiment.data.user_column)),
+                rows=_given(rows),
+            )
             for name, rows in self.parts.items()
         }
 
@@ -53,23 +54,25 @@ def build_population(experiment: Experiment) -> Population:
 
 
 def published_count(records: int) -> int:
-    """Return a record count rounded to two digits: what a simulated site says in public."""
-    digits = max(len(str(records)) - 2, 0)
-    return max(round(records, -digits), 1)
+    """Return a count rounded up to two digits: what a simulated site says in public. Every record has a slot in it."""
+    step = 10 ** max(len(str(records)) - 2, 0)
+    return max(-(-records // step) * step, 1)
 
 
-def site_file(experiment: Experiment, name: str, records: int, state: Path) -> SiteFile:
+def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
     """Return the site file of a simulated site. Its policy agrees to whatever the simulation's owner configured."""
-    published = published_count(records)
+    published, published_users = published_count(records), None if users is None else published_count(users)
     privacy = local_privacy(experiment.privacy)
     return SiteFile(
         name=name,
         published_records=published,
+        published_users=published_users,
         data=experiment.data,
-        budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published),
+        budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
             allow_no_privacy=True,
             allow_insecure_seed=True,
+            trust_server_noise=True,
             release_training_loss=experiment.federation.release_training_loss,
         ),
         runtime=SiteRuntime(
@@ -83,16 +86,26 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path) -> S
     )
 
 
-def _budget(experiment: Experiment, privacy: ExampleLevel | UserLevel, published: int) -> SiteBudget:
-    federation = experiment.federation
+def _budget(
+    experiment: Experiment, privacy: ExampleLevel | UserLevel, records: int, users: int | None
+) -> SiteBudget | None:
+    """Return the budget that is configured, or what this run needs; None without a count of the protected units."""
+    federation, unit = experiment.federation, "user" if isinstance(privacy, UserLevel) else "record"
+    published = users if isinstance(privacy, UserLevel) else records
+    if published is None:
+        return None
     delta = privacy.delta if privacy.delta is not None else default_delta(published)
-    if federation.site_epsilon is not None:
-        return SiteBudget(epsilon=federation.site_epsilon, delta=delta)
-    if privacy.target_epsilon is not None:
-        return SiteBudget(epsilon=privacy.target_epsilon, delta=delta)
-    rate = min(federation.local.expected_batch_size / published, 1.0)
-    whole_run = SubsampledGaussian(rate, privacy.noise_multiplier or 0.0, federation.rounds * federation.local.steps)
-    return SiteBudget(epsilon=epsilon_of([whole_run], delta), delta=delta)
+    epsilon = federation.site_epsilon or privacy.target_epsilon
+    if epsilon is None:
+        plan = build_plan(
+            privacy, federation.local, rounds=federation.rounds, published_units=published, num_units=published
+        )
+        epsilon = plan.epsilon([plan.whole_run])
+    return SiteBudget(unit=unit, epsilon=epsilon, delta=delta)
+
+
+def _users(rows: Sequence[Row], column: str | None) -> int | None:
+    return None if column is None else len({str(row.get(column)) for row in rows})
 
 
 def simulated_site(context: Context) -> Site:

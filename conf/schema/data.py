@@ -179,6 +179,9 @@ class DataConfig(Frozen):
     max_records: PositiveInt | None = Field(
         default=None, description="use at most this many records of the source, drawn with the seed; null: all"
     )
+    user_column: Name | None = Field(
+        default=None, description="column that names the person a record is about; user-level privacy needs it"
+    )
     partition: Partition = Field(
         default=IidPartition(sites=4),
         description="how a simulation spreads the records over sites; real sites ignore it",

@@ -67,8 +67,8 @@ class Federation(Frozen):
     expected_sites: int = Field(default=1, ge=1, description="sites that must be connected before round 1")
     release_training_loss: bool = Field(
         default=False,
-        description="simulated sites only: send the local training loss, which no ε covers (real sites decide in their "
-        "own site file)",
+        description="simulated sites only, and only with privacy=none: send the local training loss (real sites decide "
+        "in their own site file). Under privacy use privacy.loss_noise_multiplier",
     )
     site_epsilon: float | None = Field(
         default=None,

@@ -157,6 +157,23 @@ def adaptive_clip_needs_independent_noise(experiment: Experiment) -> str | None:
     )
 
 
+def protected_loss_needs_noise(experiment: Experiment) -> str | None:
+    """A training loss is computed from records: under privacy it leaves with noise, and charged, or not at all."""
+    if not experiment.federation.release_training_loss or isinstance(local_privacy(experiment.privacy), NoPrivacy):
+        return None
+    return (
+        "federation.release_training_loss=true would send losses that no ε covers; set "
+        "privacy.loss_noise_multiplier (10, say) to release them with noise, and federation.release_training_loss=false"
+    )
+
+
+def users_need_a_column(experiment: Experiment) -> str | None:
+    """User-level privacy groups records by a column."""
+    if local_privacy(experiment.privacy).kind != "user_level" or experiment.data.user_column is not None:
+        return None
+    return "privacy=user_level needs data.user_column, the column that names the person a record is about; it is null"
+
+
 def simulated_population(experiment: Experiment) -> int | None:
     """Return the number of simulated sites where the configuration alone fixes it, else None."""
     partition = experiment.data.partition
@@ -170,6 +187,8 @@ RULES: tuple[Rule, ...] = (
     Rule(cohort_within_population, frozenset({"federation", "data"})),
     Rule(quorum_within_cohort, frozenset({"federation", "data"})),
     Rule(labels_need_a_classifier, frozenset({"data", "task"})),
+    Rule(protected_loss_needs_noise, frozenset({"federation", "privacy"})),
+    Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
     Rule(frozen_a_needs_no_dora, frozenset({"strategy", "peft"})),
     Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),
@@ -202,12 +221,6 @@ def _insecure_seed(experiment: Experiment) -> str | None:
     return None
 
 
-def _released_loss(experiment: Experiment) -> str | None:
-    if experiment.federation.release_training_loss:
-        return "federation.release_training_loss=true: training losses leave the sites and no ε covers them"
-    return None
-
-
 def _high_epsilon(experiment: Experiment) -> str | None:
     if experiment.privacy.kind != "none" and (experiment.privacy.target_epsilon or 0) > 10:
         return f"privacy.target_epsilon={experiment.privacy.target_epsilon} is a weak promise; 10 or less is usual"
@@ -223,7 +236,6 @@ def _both_factors_under_noise(experiment: Experiment) -> str | None:
 WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
-    _released_loss,
     _high_epsilon,
     _both_factors_under_noise,
 )

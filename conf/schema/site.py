@@ -14,8 +14,11 @@ __all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime"]
 
 
 class SiteBudget(Frozen):
-    """The most one record of this site may ever cost, over all runs."""
+    """The most one unit of this site may ever cost, over all runs."""
 
+    unit: Literal["record", "user"] = Field(
+        default="record", description="what is counted; a plan that protects another unit is refused"
+    )
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
 
@@ -25,7 +28,14 @@ class SitePolicy(Frozen):
 
     allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
     allow_insecure_seed: bool = Field(default=False, description="take part with repeatable noise: simulation only")
-    release_training_loss: bool = Field(default=False, description="send the local training loss; no ε covers it")
+    release_training_loss: bool = Field(
+        default=False, description="send the local training loss in runs that protect nothing"
+    )
+    trust_server_noise: bool = Field(
+        default=False,
+        description="take part in client-level runs without protection of its own: the server sees this site's clipped "
+        "update and is trusted to add the noise",
+    )
     max_steps_per_round: int = Field(default=1000, ge=1)
 
 
@@ -45,6 +55,11 @@ class SiteFile(Frozen):
         ge=1,
         description="a record count the site makes public (rounded, say): the sampling rate follows from it. The true "
         "count stays a secret",
+    )
+    published_users: int | None = Field(
+        default=None,
+        ge=1,
+        description="the same for users (data.user_column); null: this site takes no part in user-level runs",
     )
     data: DataConfig
     budget: SiteBudget | None = Field(default=None, description="null: this site can only take part without privacy")

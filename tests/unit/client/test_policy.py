@@ -11,6 +11,9 @@ from conf.schema.site import SiteBudget, SiteFile, SitePolicy
 from protocol.errors import ConfigError, SiteRefusal
 from protocol.instructions import InstructionHeader, client_plan
 
+USERS = ("privacy=user_level", "data.user_column=patient")
+CLIENTS = ("privacy=client_level",)
+
 
 def header(*overrides: str, round_number: int = 1) -> InstructionHeader:
     plan = client_plan(compose_experiment(overrides), "run")
@@ -38,6 +41,9 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
         (header("privacy=none"), site(), "no_privacy"),
         (header("privacy.insecure_seed=1"), site(), "insecure_seed"),
         (header(), site(budget=None), "no_budget"),
+        (header(), site(budget=SiteBudget(unit="user", epsilon=8, delta=1e-5)), "wrong_unit"),
+        (header(*USERS), site(), "no_users"),
+        (header(*CLIENTS), site(), "no_trust_in_server_noise"),
         (header(), site(max_steps_per_round=3), "too_many_steps"),
         (
             header("data=csv_labelled", "data.source.path=x.csv", "task=classification", "task.labels=[flu,cold]"),

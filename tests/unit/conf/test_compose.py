@@ -90,7 +90,6 @@ def test_illegal_combinations(overrides: list[str], message: str) -> None:
     [
         (["privacy=none"], "nothing protects the sites' records"),
         (["privacy.insecure_seed=3"], "noise is repeatable"),
-        (["federation.release_training_loss=true"], "no ε covers them"),
         (["privacy.target_epsilon=50"], "is a weak promise"),
         (["strategy=fedit"], "noises both LoRA factors"),
     ],

@@ -91,10 +91,10 @@ def test_a_target_is_calibrated_for_all_rounds_together() -> None:
 
 def test_a_given_multiplier_is_taken_as_it_is() -> None:
     made = plan(ExampleLevel(noise_multiplier=1.25, clip_norm=0.4))
-    assert made.mechanism(7) == SubsampledGaussian(0.05, 1.25, 7)
+    assert made.mechanism(7) == SubsampledGaussian(0.05, 1.25, 7, Truncation(1000, 150))
     assert made.noise.standard_deviation == 1.25 * 0.4
     assert made.epsilon([made.mechanism(7)]) == epsilon_of([made.mechanism(7)], 1e-4)
-    assert (made.is_private, made.accountant, made.unit) == (True, ACCOUNTANT, "one record")
+    assert (made.is_private, made.accountant, made.unit) == (True, ACCOUNTANT, "record")
 
 
 def test_neither_target_nor_multiplier_is_refused() -> None:

@@ -1,0 +1,73 @@
+"""What one unit of a site is: a record, or a person with all of theirs."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conf.schema.privacy import LocalPrivacy, UserLevel
+from finetuning.datasets import Row, cell
+from protocol.errors import DataError
+
+__all__ = ["Units", "units_of"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The protected units of a site, all of it secret.
+
+    `members[u]` are the positions of unit u's records among the site's examples, `names[u]` the bytes that identify the
+    unit: the record's own content, or the value of the user column.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+    names: tuple[bytes, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+def units_of(rows: Sequence[Row], privacy: LocalPrivacy, user_column: str | None, key: bytes) -> Units:
+    """Return the units of records, one row per example.
+
+    Under user-level privacy a person keeps at most `max_records_per_user` records, those with the smallest keyed hash:
+    a choice that neither the server nor the order of the file makes.
+
+    Raises:
+        DataError: user-level privacy, and no user column or a row without a value in it.
+    """
+    if not isinstance(privacy, UserLevel):
+        return Units(tuple((position,) for position in range(len(rows))), tuple(_content(row) for row in rows))
+    if user_column is None:
+        raise DataError("user-level privacy needs data.user_column, the column that names the person; it is null")
+    owned: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows, start=1):
+        owned.setdefault(_user(row, user_column, number), []).append(number - 1)
+
+    def chosen(positions: list[int]) -> tuple[int, ...]:
+        by_hash = sorted(positions, key=lambda position: _hash(key, _content(rows[position])))
+        return tuple(sorted(by_hash[: privacy.max_records_per_user]))
+
+    kept = {user: chosen(positions) for user, positions in owned.items()}
+    names = sorted(kept, key=lambda user: _hash(key, user))
+    return Units(tuple(kept[name] for name in names), tuple(names))
+
+
+def _user(row: Row, column: str, number: int) -> bytes:
+    value = cell(row, column, "data.user_column")
+    if value is None or value == "":
+        raise DataError(
+            f"row {number} has no value in data.user_column={column!r}; a record of nobody cannot be protected as "
+            "somebody's: fill it in, or remove the row"
+        )
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def _content(row: Row) -> bytes:
+    return json.dumps(dict(row), sort_keys=True, default=str, ensure_ascii=False).encode()
+
+
+def _hash(key: bytes, content: bytes) -> bytes:
+    return hmac.digest(key, content, "sha256")
