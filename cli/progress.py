@@ -146,8 +146,12 @@ class PlainLines:
                 self._print(f"round {event.round}: held-out {event.metric} {value}, loss {event.loss:.3f}")
             case RoundFinished():
                 epsilon = f"; ε {', '.join(self._epsilon.values())}" if self._epsilon else ""
+                if event.privacy is not None:
+                    spent, budget = event.privacy.epsilon_total, event.privacy.epsilon_budget
+                    epsilon += f"; ε of a whole site {epsilon_text(spent)} of {epsilon_text(budget)}"
+                replies = "replies withheld" if event.accepted is None else f"{event.accepted} replies"
                 self._print(
-                    f"round {event.round} of {self._rounds}: {event.accepted} replies, {event.train_s:.1f} s training; "
+                    f"round {event.round} of {self._rounds}: {replies}, {event.train_s:.1f} s training; "
                     f"sent {byte_text(self._up)}, received {byte_text(self._down)}{epsilon}"
                 )
             case RunFinished():

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["baseline_table", "byte_text", "delta_text", "epsilon_text", "outcome_table", "quality_text", "sweep_table"]
 
 
+_SCOPE = {
+    True: "of the server's noise, for a whole site",
+    False: "the largest of any site, for a record that lives at one",
+}
+
+
 def outcome_table(summary: dict[str, Any]) -> Table:
     """Return one line per site and one for the federation: quality before and after, ε, bytes."""
     final = summary["final"]
@@ -34,19 +40,24 @@ def outcome_table(summary: dict[str, Any]) -> Table:
             byte_text(site["bytes"]["down"]),
         )
     table.add_section()
-    privacy = summary["privacy"]
+    joint = summary["privacy"]["joint"]
+    first, *others = joint or [summary["privacy"]]
     table.add_row(
-        "all",
+        "all" if len(joint) < 2 else f"all, per {first['unit']}",
         quality_text(metric, final["base"] if final else None),
         quality_text(metric, final["value"] if final else None),
-        epsilon_text(privacy["epsilon"]),
+        epsilon_text(first["epsilon"]),
         "",
-        delta_text(privacy["delta"]),
+        delta_text(first["delta"]),
         byte_text(summary["bytes"]["up"]),
         byte_text(summary["bytes"]["down"]),
         style="bold",
     )
-    table.caption = "ε of all: the largest of any site, for a record that lives at one"
+    for other in others:
+        table.add_row(
+            f"all, per {other['unit']}", "", "", epsilon_text(other["epsilon"]), "", delta_text(other["delta"])
+        )
+    table.caption = "ε of all: " + "; ".join(_SCOPE[part["unit"] == "site"] for part in joint or [first])
     table.caption_justify = "left"
     return table
 

@@ -11,17 +11,18 @@ from client.policy import check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
-from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
+from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from privacy.accounting import epsilon_of
+from privacy.client_level import clip_update
 from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
 from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
-from protocol.tensors import digest, layout_of, verify
+from protocol.tensors import NamedTensors, digest, layout_of, verify
 from strategies.build import build_strategy
 
 __all__ = ["RoundWork", "SiteRecords", "answer", "rehearse"]
@@ -76,6 +77,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     else:
         trained, stated = train(job, job.stream(state.secret, attempt=1)), None
     state.record_diagnostics(header.round, trained.private_facts)
+    update, below_clip = trained.update, None
+    if header.clip_norm is not None:  # client-level: the last step on real values
+        update, below_clip = _clipped(update, header.clip_norm)
 
     return Reply(
         ReplyHeader(
@@ -87,8 +91,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
             adapter_digest=header.adapter_digest,
             privacy=stated,
             metrics=_released(trained, job),
+            below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
         ),
-        trained.update,
+        update,
     )
 
 
@@ -117,6 +122,13 @@ def _booked(job: TrainingJob, ledger: Ledger, secret: bytes) -> Trained:
         trained = train(job, job.stream(secret, reservation.attempt))
         ledger.commit(reservation, trained.digest)
     return trained
+
+
+def _clipped(update: NamedTensors, clip_norm: float) -> tuple[NamedTensors, bool]:
+    try:
+        return clip_update(update, clip_norm)
+    except PrivacyError as error:
+        raise SiteRefusal("update_not_finite", str(error)) from error
 
 
 def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:

@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from conf.schema.base import Frozen
 from conf.schema.experiment import Experiment
 from conf.schema.federation import LocalTraining
 from conf.schema.model import LoRA, Model
-from conf.schema.privacy import Privacy
+from conf.schema.privacy import ClientLevel, Privacy
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from protocol.errors import ReplyRejected, SiteRefusal
@@ -87,6 +87,13 @@ class InstructionHeader(Frozen):
     plan_digest: str
     base_digest: str
     adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
+    clip_norm: float | None = Field(default=None, gt=0, description="client-level: L2 bound on this round's update")
+
+    @model_validator(mode="after")
+    def _client_level_clips(self) -> InstructionHeader:
+        if isinstance(self.plan.privacy, ClientLevel) != (self.clip_norm is not None):
+            raise ValueError("clip_norm belongs to client-level privacy, and to nothing else")
+        return self
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,7 @@ class ReplyHeader(Frozen):
     adapter_digest: str = Field(default="", description="of the adapter that the update starts from")
     privacy: PrivacyStatement | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    below_clip: bool | None = Field(default=None, description="adaptive clipping: whether the clip changed nothing")
     code: str = ""
     reason: str = ""
 

@@ -125,7 +125,10 @@ def _log_event(event: Event) -> None:
     if isinstance(event, SiteReplied) and not event.accepted:
         _log.warning("round %d: %s not used: %s, %s", event.round, event.site, event.code, event.reason)
     elif isinstance(event, RoundFinished):
-        _log.info("round %d: %d replies, %d not used", event.round, event.accepted, event.rejected)
+        if event.accepted is None:
+            _log.info("round %d: finished", event.round)
+        else:
+            _log.info("round %d: %d replies, %d not used", event.round, event.accepted, event.rejected)
     elif isinstance(event, Evaluated):
         _log.info("round %d: %s %.4g on held-out records", event.round, event.metric, event.value)
 

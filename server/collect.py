@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from conf.schema.privacy import adaptive_clipping
+from privacy.client_level import update_norm
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instruction_to_record, payload_bytes, record_to_reply
-from protocol.tensors import Layout, NamedTensors, verify
+from protocol.tensors import Layout, verify
 from server.cohort import Member
 from server.events import SiteReplied
 
 __all__ = ["Collected", "collect"]
 
 _POLL_S = 0.2
+_ROUNDING = 1e-5
+"""Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def collect(
     grid: Grid,
     instruction: Instruction,
     cohort: tuple[Member, ...],
-    accept: Callable[[str, NamedTensors], None],
+    accept: Callable[[str, Reply], None],
     observe: Callable[[SiteReplied], None],
     *,
     expected: Layout,
@@ -43,7 +47,7 @@ def collect(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Collected:
-    """Send `instruction` to the cohort and hand each verified update to `accept`, as it arrives.
+    """Send `instruction` to the cohort and hand each verified reply to `accept`, as it arrives.
 
     A reply that does not verify, a refusal, an error and a missing reply are each observed with a reason, and the
     round goes on without them. Updates are folded one at a time: memory does not grow with the cohort.
@@ -52,7 +56,7 @@ def collect(
         grid: Flower's link to the nodes.
         instruction: the round's work.
         cohort: whom to ask.
-        accept: takes a site's name and its verified update.
+        accept: takes a site's name and its verified reply.
         observe: takes what became of each site's reply.
         expected: names, shapes and dtypes of a valid update.
         timeout_s: how long to wait for all replies together.
@@ -63,7 +67,7 @@ def collect(
     bytes_down = payload_bytes(record)
     sites = {member.node_id: member.site for member in cohort}
     messages = [Message(record, member.node_id, MessageType.TRAIN) for member in cohort]
-    identifiers = list(grid.push_messages(messages))
+    identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
     waiting: dict[str, str] = {
         identifier: sites[message.metadata.dst_node_id]
         for identifier, message in zip(identifiers, messages, strict=True)
@@ -76,10 +80,10 @@ def collect(
             sleep(_POLL_S)
             continue
         identifier, message = arrived
-        outcome, update = _judged(message, waiting.pop(identifier), instruction, expected, bytes_down)
-        if update is not None:
+        outcome, reply = _judged(message, waiting.pop(identifier), instruction, expected, bytes_down)
+        if reply is not None:
             folding = clock()
-            accept(outcome.site, update)
+            accept(outcome.site, reply)
             aggregating += clock() - folding
         counts[outcome.accepted] += 1
         observe(outcome)
@@ -102,8 +106,8 @@ def _pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | N
 
 def _judged(
     message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
-) -> tuple[SiteReplied, NamedTensors | None]:
-    """Return what became of a reply, and its update when it may be aggregated."""
+) -> tuple[SiteReplied, Reply | None]:
+    """Return what became of a reply, and the reply itself when it may be aggregated."""
     if message.has_error():
         reason = f"Flower error {message.error.code}"
         return _unused(instruction, site, bytes_down, 0, "flower_error", reason), None
@@ -118,7 +122,7 @@ def _judged(
         return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None
     header = reply.header
     round_number = instruction.header.round
-    return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply.tensors
+    return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply
 
 
 def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout) -> None:
@@ -135,6 +139,18 @@ def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout)
         if given != wanted:
             raise ReplyRejected(f"wrong_{name}", f"the reply answers {name}={given!r}, asked was {wanted!r}")
     verify(reply.tensors, expected)
+    if asked.clip_norm is not None:
+        _verify_clipped(reply, asked.clip_norm, adaptive_clipping(asked.plan.privacy))
+
+
+def _verify_clipped(reply: Reply, clip_norm: float, adaptive: bool) -> None:
+    norm = update_norm(reply.tensors)
+    if norm > clip_norm * (1 + _ROUNDING):
+        raise ReplyRejected(
+            "norm_above_clip", f"the update has norm {norm:.6g}, the site was to clip it to {clip_norm:.6g}"
+        )
+    if adaptive and reply.header.below_clip is None:
+        raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
 
 
 def _unused(

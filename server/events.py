@@ -71,16 +71,18 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class RoundFinished:
-    """A round's adapter is final. Seconds are wall time at the server."""
+    """A round's adapter is final. Seconds are wall time at the server. Counts are None where cohorts are secret."""
 
     round: int
-    accepted: int
-    rejected: int
+    accepted: int | None
+    rejected: int | None
     update_norm: float
     train_s: float
     aggregate_s: float
     evaluate_s: float
     other_s: float
+    privacy: PrivacyStatement | None = None
+    """Client-level: what the run costs so far."""
     kind: Literal["round_finished"] = "round_finished"
 
 

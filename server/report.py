@@ -66,6 +66,7 @@ def render_report(summary: Mapping[str, Any], experiment: Experiment) -> str:
         plots=plots(summary),
         date=_date(summary),
         statements=_statements(summary),
+        own=next((part for part in summary["privacy"]["joint"] if part["unit"] != "site"), None),
         factor=_factor(summary["privacy"]["epsilon"]),
         insecure=_is_insecure(summary),
         released=_released(rounds),
@@ -99,6 +100,13 @@ def _privacy_clause(summary: Mapping[str, Any]) -> str:
         return "nothing protects the records it was trained on"
     if _is_insecure(summary):
         return "no ε holds, because the noise came from a fixed seed"
+    if privacy["kind"] == "client_level":
+        clauses = [
+            f"ε ≤ {_bound(part['epsilon'])} (δ ≤ {_bound(part['delta'])}) for one {part['unit']}"
+            for part in privacy["joint"]
+            if part["delta"]
+        ]
+        return " and ".join(clauses) or "no round was released"
     stated = [site for site in summary["sites"].values() if site["privacy"]]
     if not stated or not privacy["delta"]:
         return "no site stated an ε"

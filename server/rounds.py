@@ -1,10 +1,14 @@
-"""The federation's rounds, in reading order: cohort, instruct, collect, step, evaluate, checkpoint, report."""
+"""The federation's rounds, in reading order.
+
+Cohort, reserve, instruct, collect, combine (and noise), commit, step, evaluate, checkpoint, report.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -13,10 +17,11 @@ from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
 from protocol.tensors import NamedTensors, digest, layout_of
-from server.cohort import Member, draw_cohort, enroll, weights_of
+from server.cohort import enroll
 from server.collect import Collected, collect
 from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
+from server.protection import Protection, protection_for
 from server.run_directory import RunDirectory
 from strategies.base import Strategy
 from strategies.build import build_strategy
@@ -41,7 +46,7 @@ class _Run:
     base_digest: str
     strategy: Strategy
     trained: frozenset[str]
-    members: tuple[Member, ...]
+    protection: Protection
     timeout_s: float
 
 
@@ -60,25 +65,30 @@ def run_federation(
 
     Raises:
         FederationError: too few sites, or a round with fewer valid replies than `federation.min_replies`.
+        PrivacyError: client-level privacy that these sites cannot have, or a budget that does not cover a round.
     """
     began = clock()
     federation = experiment.federation
     adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
+    members = enroll(grid, expected_sites, timeout_s)
+    protection = protection_for(experiment, strategy, members, directory)
     run = _Run(
         experiment,
         client_plan(experiment, directory.run),
         evaluator.base_digest,
         strategy,
         strategy.trained(frozenset(adapter)),
-        enroll(grid, expected_sites, timeout_s),
+        protection,
         timeout_s,
     )
+    observe = protection.observer(observe)
     values = sum(adapter[name].numel() for name in run.trained)
-    observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in run.members), values))
+    observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
     evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
-    for round_number in range(1, federation.rounds + 1):
-        adapter, evaluation = _round(grid, run, round_number, adapter, evaluation, evaluator, directory, observe, clock)
+    with closing(protection):
+        for number in range(1, federation.rounds + 1):
+            adapter, evaluation = _round(grid, run, number, adapter, evaluation, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, adapter)
     observe(RunFinished(directory.run, clock() - began, digest(adapter)))
     return Outcome(adapter, evaluation)
@@ -97,26 +107,20 @@ def _round(
 ) -> tuple[NamedTensors, Evaluated | None]:
     """Return the adapter after one round, and the latest evaluation."""
     began = clock()
-    federation = run.experiment.federation
-    cohort = draw_cohort(run.members, federation.cohort_size, run.experiment.seed, round_number)
+    protection = run.protection
+    cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
     instruction = _instruction(run, round_number, adapter)
-    weights = weights_of(cohort, run.experiment.strategy.weights)
-    aggregator = run.strategy.aggregator()
-    collected = collect(
-        grid,
-        instruction,
-        cohort,
-        lambda site, update: aggregator.accumulate(update, weights[site]),
-        observe,
-        expected=layout_of(instruction.tensors),
-        timeout_s=run.timeout_s,
-    )
-    _check_quorum(collected, federation.min_replies, round_number)
+    layout = layout_of(instruction.tensors)
+    protection.reserve(round_number, layout)
+    collected = collect(grid, instruction, cohort, protection.fold, observe, expected=layout, timeout_s=run.timeout_s)
+    if protection.needs_replies:
+        _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
     aggregating = clock()
-    combined = aggregator.result()
+    combined = protection.combined()
+    spent = protection.commit()
     adapter = run.strategy.step(adapter, combined)
     aggregate_s = collected.aggregating_s + clock() - aggregating
 
@@ -135,6 +139,7 @@ def _round(
             aggregate_s,
             evaluate_s,
             other_s,
+            spent,
         )
     )
     return adapter, evaluation
@@ -147,6 +152,7 @@ def _instruction(run: _Run, round_number: int, adapter: NamedTensors) -> Instruc
         plan_digest=run.plan.digest,
         base_digest=run.base_digest,
         adapter_digest=digest(adapter),
+        clip_norm=run.protection.clip_norm,
     )
     # What no site trains has its initial value everywhere, and a site derives that from the public seed.
     return Instruction(header, {name: adapter[name] for name in sorted(run.trained)})

@@ -115,12 +115,13 @@ class RunDirectory:
 
     def _card(self) -> str:
         privacy = self.summary()["privacy"]
-        promise = (
-            "**Not private**: nothing protects the records it was trained on."
-            if privacy["delta"] is None
-            else f"ε = {privacy['epsilon']:.3f}, δ = {privacy['delta']:.2g} ({privacy['relation']}; the largest of all "
-            f"sites; {privacy['accountant']})."
-        )
+        promises = [
+            f"ε = {part['epsilon']:.3f}, δ = {part['delta']:.2g} ({part['relation']}; "
+            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']})."
+            for part in privacy["joint"]
+            if part["delta"] is not None
+        ]
+        promise = "\n\n".join(promises) or "**Not private**: nothing protects the records it was trained on."
         return (
             "---\nlibrary_name: peft\n"
             f"base_model: {self._experiment.model.path}\n---\n\n# {self._experiment.name}\n\n"

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 from conf.schema.experiment import Experiment
-from conf.schema.privacy import NoPrivacy
+from conf.schema.privacy import ClientLevel, LocalPrivacy, NoPrivacy, Privacy, local_privacy
+from protocol.instructions import PrivacyStatement
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
 
 __all__ = ["SUMMARY_VERSION", "summarize"]
@@ -62,23 +63,46 @@ def summarize(
 
 
 def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
-    statements = [event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy]
-    last = statements[-1] if statements else None
-    latest = {event.site: event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy}
     config = experiment.privacy
-    protected = not isinstance(config, NoPrivacy)
+    local = local_privacy(config)
+    joint = [promise for promise in (_server_promise(config, events), _site_promise(local, events)) if promise]
+    replies = [event for event in events if isinstance(event, SiteReplied)]
     return {
-        "kind": experiment.privacy.kind,
-        "unit": last.unit if last else None,
-        "relation": last.relation if last else None,
-        "accountant": last.accountant if last else None,
-        "insecure_seed": not isinstance(config, NoPrivacy) and config.insecure_seed is not None,
+        "kind": config.kind,
+        **(joint[0] if joint else _promise(None, None, None)),
+        "insecure_seed": any(not isinstance(c, NoPrivacy) and c.insecure_seed is not None for c in (config, local)),
         # A reply that never arrived may have been trained for: then only the sites' ledgers know what was spent.
-        "at_least": protected and any(event.code in _LOST for event in events if isinstance(event, SiteReplied)),
-        # A record lives at one site, so the federation's statement is the worst site's, never a sum.
-        "epsilon": max((privacy.epsilon_run for privacy in latest.values()), default=0.0) if protected else None,
-        "delta": max((privacy.delta or 0.0 for privacy in latest.values()), default=None) if protected else None,
+        "at_least": not isinstance(local, NoPrivacy) and any(reply.code in _LOST for reply in replies),
+        "joint": joint,
     }
+
+
+def _promise(statement: PrivacyStatement | None, epsilon: float | None, delta: float | None) -> dict[str, Any]:
+    return {
+        "unit": statement.unit if statement else None,
+        "relation": statement.relation if statement else None,
+        "accountant": statement.accountant if statement else None,
+        "epsilon": epsilon,
+        "delta": delta,
+    }
+
+
+def _server_promise(config: Privacy, events: Sequence[Event]) -> dict[str, Any] | None:
+    """Return what the server's noise promises for a whole site."""
+    if not isinstance(config, ClientLevel):
+        return None
+    stated = [event.privacy for event in events if isinstance(event, RoundFinished) and event.privacy]
+    return _promise(stated[-1], stated[-1].epsilon_run, stated[-1].delta) if stated else _promise(None, 0.0, None)
+
+
+def _site_promise(config: LocalPrivacy, events: Sequence[Event]) -> dict[str, Any] | None:
+    """Return what the sites' own noise promises: a record lives at one site, so it is the worst site's, never a sum."""
+    if isinstance(config, NoPrivacy):
+        return None
+    latest = {event.site: event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy}
+    epsilon = max((statement.epsilon_run for statement in latest.values()), default=0.0)
+    delta = max((statement.delta or 0.0 for statement in latest.values()), default=None)
+    return _promise(next(reversed(latest.values()), None), epsilon, delta)
 
 
 def _sites(events: Sequence[Event]) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Federation(Frozen):
 
     rounds: int = Field(default=8, ge=1, le=100_000)
     cohort_size: int | None = Field(default=None, ge=1, description="sites drawn per round; null: all of them")
+    cohort_sampling: Literal["fixed_size", "poisson"] = Field(
+        default="fixed_size",
+        description="fixed_size: exactly cohort_size sites, which may be known; poisson: each site with the same "
+        "probability, cohort_size expected, in secret, which amplifies client-level privacy for whoever sees adapters",
+    )
     min_replies: int = Field(default=1, ge=1, description="valid replies a round needs; below it the run fails")
     reply_timeout_s: float = Field(default=3600.0, gt=0, description="how long a round waits for replies")
     expected_sites: int = Field(default=1, ge=1, description="sites that must be connected before round 1")

@@ -19,6 +19,7 @@ __all__ = [
     "Privacy",
     "Tree",
     "UserLevel",
+    "adaptive_clipping",
     "local_privacy",
 ]
 
@@ -178,6 +179,13 @@ class ClientLevel(_Budgeted):
     clip_norm: float = Field(default=1.0, ge=1e-6, le=1e6, description="L2 bound on one site's update; where it starts")
     clipping: Clipping = FixedClip()
     noise: CohortNoise = IndependentNoise()
+    max_weight: float = Field(
+        default=2.0,
+        ge=1,
+        le=1e6,
+        description="with strategy.weights=published_records a site weighs its count over the mean count, at most "
+        "this; the noise grows with the largest weight",
+    )
     local: LocalPrivacy = Field(default=NoPrivacy(), description="what each site enforces besides, for its own units")
 
 
@@ -187,3 +195,8 @@ Privacy = Annotated[NoPrivacy | ExampleLevel | UserLevel | ClientLevel, Field(di
 def local_privacy(privacy: Privacy) -> LocalPrivacy:
     """Return what each site enforces itself under a plan."""
     return privacy.local if isinstance(privacy, ClientLevel) else privacy
+
+
+def adaptive_clipping(privacy: Privacy) -> bool:
+    """Return whether sites are to say if their update was below the clip norm."""
+    return isinstance(privacy, ClientLevel) and isinstance(privacy.clipping, AdaptiveClip)

@@ -6,12 +6,16 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.schema.privacy import NoPrivacy, local_privacy
+from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
 
-__all__ = ["RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
+__all__ = ["LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
+
+
+LINEAR_STRATEGIES = ("fedit", "ffa_lora")
+"""Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,69 @@ def frozen_a_needs_no_dora(experiment: Experiment) -> str | None:
     return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude; use strategy=fedit or peft.dora=false"
 
 
+def poisson_needs_client_level(experiment: Experiment) -> str | None:
+    """A secret cohort amplifies the privacy of a whole site, with fresh noise in every round, and nothing else."""
+    federation, privacy = experiment.federation, experiment.privacy
+    if federation.cohort_sampling != "poisson":
+        return None
+    if not isinstance(privacy, ClientLevel):
+        return (
+            f"federation.cohort_sampling=poisson amplifies client-level privacy only, not privacy={privacy.kind}; "
+            "use fixed_size, or privacy=client_level"
+        )
+    if federation.cohort_size is None:
+        return (
+            "federation.cohort_sampling=poisson needs federation.cohort_size, the expected number of sites in a round"
+        )
+    if privacy.noise.kind != "independent":
+        return (
+            f"federation.cohort_sampling=poisson needs privacy.noise.kind=independent, not {privacy.noise.kind}, whose "
+            "analysis assumes no sampling; use fixed_size, or independent noise"
+        )
+    if privacy.local.kind != "none":
+        return (
+            f"federation.cohort_sampling=poisson with privacy.local.kind={privacy.local.kind}: the sites' own "
+            "statements would tell who was in the secret cohorts; use fixed_size, or privacy.local.kind=none"
+        )
+    return None
+
+
+def client_level_needs_a_sum(experiment: Experiment) -> str | None:
+    """A clip norm bounds what one site changes only where the update is a weighted sum."""
+    strategy = experiment.strategy.kind
+    if not isinstance(experiment.privacy, ClientLevel) or strategy in LINEAR_STRATEGIES:
+        return None
+    return (
+        f"privacy=client_level needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not {strategy}; "
+        "use strategy=ffa_lora"
+    )
+
+
+def bands_within_separation(experiment: Experiment) -> str | None:
+    """Bands wider than the separation would make a site's participations overlap, and the noise larger for nothing."""
+    privacy = experiment.privacy
+    if not isinstance(privacy, ClientLevel) or not isinstance(privacy.noise, Banded):
+        return None
+    noise = privacy.noise
+    if noise.bands <= noise.min_separation:
+        return None
+    return (
+        f"privacy.noise.bands={noise.bands} is above privacy.noise.min_separation={noise.min_separation}; "
+        f"use at most {noise.min_separation} bands, or a larger separation"
+    )
+
+
+def adaptive_clip_needs_independent_noise(experiment: Experiment) -> str | None:
+    """Correlated noise is one mechanism over all rounds, which needs one clip norm."""
+    privacy = experiment.privacy
+    if not adaptive_clipping(privacy) or not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent":
+        return None
+    return (
+        f"privacy.clipping.kind=adaptive moves the clip norm, and privacy.noise.kind={privacy.noise.kind} needs the "
+        "same one in all rounds; use clipping.kind=fixed, or noise.kind=independent"
+    )
+
+
 def protected_loss_needs_noise(experiment: Experiment) -> str | None:
     """A training loss is computed from records: under privacy it leaves with noise, and charged, or not at all."""
     if not experiment.federation.release_training_loss or isinstance(local_privacy(experiment.privacy), NoPrivacy):
@@ -124,6 +191,10 @@ RULES: tuple[Rule, ...] = (
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
     Rule(frozen_a_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),
+    Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
+    Rule(bands_within_separation, frozenset({"privacy"})),
+    Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
 )
 
 
