@@ -62,8 +62,13 @@ def show(
 
     from cli.ledger_views import burn_down_figure, entries_table, spending_views
     from privacy.ledger.summary import summarize
+    from privacy.ledger.verification import structural_problems
+    from protocol.errors import PrivacyError
 
-    snapshot = _read(_place(site, ledger, None))
+    place = _place(site, ledger, None)
+    snapshot = _read(place)
+    for problem in structural_problems(snapshot, key=None):
+        raise PrivacyError(f"the ledger at {place.location} does not hold: {problem.text}; run: cloister ledger verify")
     summary = summarize(snapshot)
     console = Console(highlight=False)
     for view in spending_views(summary):

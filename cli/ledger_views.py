@@ -82,6 +82,8 @@ def entries_table(entries: Sequence[Entry], total: int) -> Table:
 
 def entry_summary(entry: Entry) -> str:
     """Return what an entry says, in a line."""
+    from privacy.mechanisms import SubsampledGaussian
+
     content = entry.content
     if entry.kind == "budget":
         return (
@@ -89,10 +91,8 @@ def entry_summary(entry: Entry) -> str:
         )
     if entry.kind == "commit":
         return f"of entry {content['reserve']}, output {content['output_digest'][:12]}"
-    mechanism = content["mechanism"]
-    parameters = (
-        f"{mechanism['steps']} steps, q={mechanism['sampling_rate']:.4g}, σ={mechanism['noise_multiplier']:.4g}"
-    )
+    mechanism = SubsampledGaussian.from_json(content["mechanism"])
+    parameters = f"{mechanism.steps} steps, q={mechanism.sampling_rate:.4g}, σ={mechanism.noise_multiplier:.4g}"
     if entry.kind == "schedule":
         return f"run {content['run']}, whole: {parameters}"
     again = f", attempt {content['attempt']}" if content["attempt"] > 1 else ""
@@ -107,8 +107,8 @@ def verification_lines(found: Verification) -> list[str]:
         second = sum(figure.renyi is not None for figure in found.figures)
         third = sum(figure.at_least is not None for figure in found.figures)
         lines.append(
-            f"{len(found.figures)} stated ε recomputed; {second} against Rényi DP from above, {third} (the last of each "
-            "run) against rounded-down privacy losses from below"
+            f"{len(found.figures)} stated ε recomputed; {second} against Rényi DP from above, {third} (the last of "
+            "each run) against rounded-down privacy losses from below"
         )
     lines.append(f"head     {found.head}")
     lines.append("note the head: entries cut off later show only against it (--head)")
