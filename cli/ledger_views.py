@@ -65,7 +65,7 @@ def _runs_table(data: DataSetSpending) -> Table:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for run in data.runs:
         table.add_row(
-            run.run, str(run.reservations), str(run.uncommitted or ""), str(run.steps), epsilon_text(run.epsilon)
+            Text(run.run), str(run.reservations), str(run.uncommitted or ""), str(run.steps), epsilon_text(run.epsilon)
         )
     return table
 
@@ -76,7 +76,7 @@ def entries_table(entries: Sequence[Entry], total: int) -> Table:
     for heading in ("#", "at", "kind", "what", "hash"):
         table.add_column(heading, justify="right" if heading == "#" else "left", no_wrap=heading != "what")
     for entry in entries:
-        table.add_row(str(entry.sequence), entry.at[:19], entry.kind, entry_summary(entry), entry.hash[:12])
+        table.add_row(str(entry.sequence), entry.at[:19], entry.kind, Text(entry_summary(entry)), entry.hash[:12])
     return table
 
 

@@ -19,7 +19,7 @@ from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.tasks.build import build_objective
 from privacy.accounting import epsilon_of
 from privacy.gradients import GradientRule, gradient_rule
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import Booking, Ledger, Reservation
 from privacy.plan import PrivacyPlan, build_plan
 from privacy.randomness import SecureStream
 from protocol.errors import BudgetExceeded, PrivacyError, ReplyRejected, SiteRefusal
@@ -60,17 +60,17 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
     privacy = _privacy_plan(plan, work.file, len(examples))
     stream = _stream(plan, work.file.name, header.round, examples)
     rule = _gradients(plan, privacy, adapted, trained_names, stream)
-    ledger = work.state().ledger
+    ledger = work.state().open_ledger(_content(example) for example in examples) if privacy.is_private else None
 
     try:
-        reservation = _reserve(ledger, privacy, plan, header.round)
+        reservation = _reserve(ledger, privacy, instruction, examples)
         adapted.load(start)
         diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, rule, _dropout_seed(stream))
     finally:
         rule.close()
     update = subtract(adapted.extract(), start, trained_names)
     if reservation is not None and ledger is not None:
-        ledger.commit(reservation)
+        ledger.commit(reservation, digest(update))
 
     return Reply(
         ReplyHeader(
@@ -145,13 +145,26 @@ def _privacy_plan(plan: ClientPlan, file: SiteFile, num_records: int) -> Privacy
         raise PrivacyError(f"site {file.name}: {error}") from error
 
 
-def _reserve(ledger: Ledger | None, privacy: PrivacyPlan, plan: ClientPlan, round_number: int) -> Reservation | None:
+def _reserve(
+    ledger: Ledger | None, privacy: PrivacyPlan, instruction: Instruction, examples: Sequence[Example]
+) -> Reservation | None:
     """Book the round's steps before they are executed; the ledger refuses what the budget does not cover."""
     if not privacy.is_private:
         return None
     if ledger is None:
         raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
-    return ledger.reserve(plan.run, round_number, privacy.mechanism(privacy.steps_per_round))
+    header = instruction.header
+    inputs = "|".join((header.plan_digest, header.base_digest, header.adapter_digest, _fingerprint(examples)))
+    booking = Booking(
+        run=header.plan.run,
+        round=header.round,
+        plan_digest=header.plan_digest,
+        schedule=privacy.whole_run,
+        mechanism=privacy.mechanism(privacy.steps_per_round),
+        inputs_digest=hashlib.sha256(inputs.encode()).hexdigest(),
+    )
+    # The noise is drawn anew every time, so no execution is a replay of another.
+    return ledger.reserve(booking, fresh=True)
 
 
 def _gradients(
@@ -210,9 +223,12 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     """Return the SHA-256 (hex) of a site's tokenized records, in order. It never leaves the site."""
     state = hashlib.sha256()
     for example in examples:
-        state.update(f"|{len(example)}|{example.label}|".encode())
-        state.update(example.input_ids.tobytes() + example.trained.tobytes())
+        state.update(_content(example))
     return state.hexdigest()
+
+
+def _content(example: Example) -> bytes:
+    return f"|{len(example)}|{example.label}|".encode() + example.input_ids.tobytes() + example.trained.tobytes()
 
 
 def _dropout_seed(stream: SecureStream) -> int:

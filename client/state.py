@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from conf.schema.site import SiteFile
-from privacy.ledger import Budget, Ledger
+from privacy.identity import identify
+from privacy.ledger import Budget, Ledger, load_or_create_keys
 
 __all__ = ["SiteState"]
 
@@ -19,11 +21,15 @@ class SiteState:
     def __init__(self, site: SiteFile) -> None:
         self._folder = Path(site.state_directory)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = (
-            None
-            if site.budget is None
-            else Ledger(self._folder / "ledger.db", Budget(site.budget.epsilon, site.budget.delta))
-        )
+        self._budget = None if site.budget is None else Budget(site.budget.epsilon, site.budget.delta)
+        self.ledger: Ledger | None = None
+
+    def open_ledger(self, units: Iterable[bytes]) -> Ledger | None:
+        """Return the ledger of the data set with these units; None where the site has no budget."""
+        if self.ledger is None and self._budget is not None:
+            keys = load_or_create_keys(self._folder)
+            self.ledger = Ledger(self._folder / "ledger.db", keys.signing, identify(units, keys.secret), self._budget)
+        return self.ledger
 
     def record_diagnostics(self, round_number: int, diagnostics: Any, **private_facts: float) -> None:
         """Append a round's private facts to `diagnostics.jsonl`, for the site's own operator."""

@@ -35,5 +35,5 @@ def test_packing_loses_nothing() -> None:
 
 
 def test_no_unit_is_no_data_set() -> None:
-    with pytest.raises(PrivacyError, match="a data set without a single unit has no identity; check data.source"):
+    with pytest.raises(PrivacyError, match=r"a data set without a single unit has no identity; check data\.source"):
         identify([], KEY)

@@ -151,7 +151,9 @@ def test_a_replay_that_gives_another_output_must_not_leave(open_ledger, booking)
     ledger = open_ledger()
     ledger.commit(ledger.reserve(booking(1)), "out")
     again = ledger.reserve(booking(1))
-    with pytest.raises(ReplayDiverged, match=r"attempt 1 of round 1 gave output other where it had given out: the same"):
+    with pytest.raises(
+        ReplayDiverged, match=r"attempt 1 of round 1 gave output other where it had given out: the same"
+    ):
         ledger.commit(again, "other")
     fresh = ledger.reserve(booking(1), fresh=True)
     assert (fresh.attempt, fresh.replayed) == (2, False)
@@ -225,7 +227,9 @@ def test_the_smaller_budget_holds(open_ledger, booking, caplog: pytest.LogCaptur
 @pytest.mark.parametrize(("other", "text"), [({"delta": 1e-6}, "δ=1e-06 per record"), ({"unit": "user"}, "per user")])
 def test_another_delta_or_unit_is_refused_with_the_command(open_ledger, other: dict[str, object], text: str) -> None:
     open_ledger(5.0)
-    with pytest.raises(PrivacyError, match=f"the site file's budget is at .*{text}, the ledger's at δ=1e-05 per record.*"):
+    with pytest.raises(
+        PrivacyError, match=f"the site file's budget is at .*{text}, the ledger's at δ=1e-05 per record.*"
+    ):
         open_ledger(5.0, **other)
     with pytest.raises(PrivacyError, match="run: cloister ledger set-budget --epsilon 5 --delta"):
         open_ledger(5.0, **other)

@@ -10,7 +10,7 @@ import pytest
 
 from privacy.accounting import epsilon_of
 from privacy.filter import RenyiFilter
-from privacy.ledger import Ledger, SigningKey
+from privacy.ledger import Budget, Ledger, SigningKey
 from privacy.ledger.journal import Journal
 from privacy.ledger.keys import load_or_create_keys
 from privacy.ledger.store import Store
@@ -86,11 +86,11 @@ def release(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_process_killed_after_reserving_has_spent(location, tmp_path, site_key, people, open_ledger) -> None:
+def test_a_process_killed_after_reserving_has_spent(location, tmp_path, site_key, people) -> None:
     process = start(DIE, location, tmp_path / "keys", 10.0, 1)
     release([process])
     assert process.returncode == -signal.SIGKILL
-    ledger = Ledger(location, site_key, people(), open_ledger().budget)
+    ledger = Ledger(location, site_key, people(), Budget(10.0, DELTA))
     assert ledger.spent() == pytest.approx(epsilon_of([STEP], DELTA))
     ledger.close()
 
@@ -108,8 +108,8 @@ def test_processes_cannot_spend_the_last_of_it_twice(location, tmp_path, site_ke
     assert [figure.stated for figure in found.figures] == pytest.approx([epsilon_of([STEP] * n, DELTA) for n in (1, 2)])
 
 
-def test_postgresql_keeps_the_same_ledger(postgres_url, site_key, people, open_ledger, booking) -> None:
-    budget = open_ledger().budget
+def test_postgresql_keeps_the_same_ledger(postgres_url, site_key, people, booking) -> None:
+    budget = Budget(10.0, DELTA)
     ledger = Ledger(postgres_url, site_key, people(), budget)
     first = ledger.reserve(booking(1))
     ledger.commit(first, "out")
@@ -119,7 +119,7 @@ def test_postgresql_keeps_the_same_ledger(postgres_url, site_key, people, open_l
     after = overlapping.reserve(booking(1, run="second")).epsilon_after
     assert after == pytest.approx(RenyiFilter(10.0, DELTA).epsilon([STEP, STEP]))
     journal = Journal(postgres_url, site_key)
-    journal.set_budget(type(budget)(0.1, DELTA), "")
+    journal.set_budget(Budget(0.1, DELTA), "")
     with pytest.raises(BudgetExceeded):
         ledger.reserve(booking(2))
     journal.close()

@@ -97,7 +97,10 @@ def test_entries_that_changed_places_are_named(kept, key) -> None:
     with sqlite3.connect(kept) as connection:
         for old, new in ((4, 100), (6, 4), (100, 6)):
             connection.execute("UPDATE entries SET sequence = ? WHERE sequence = ?", (new, old))
-    assert first_problem(kept, key, "SELECT 1") == "entry 4 was written as entry 6: entries were moved, removed or inserted"
+    assert (
+        first_problem(kept, key, "SELECT 1")
+        == "entry 4 was written as entry 6: entries were moved, removed or inserted"
+    )
 
 
 def test_an_inserted_entry_is_named(kept, key) -> None:
