@@ -103,12 +103,14 @@ def seal(
     return replace(hashed, signature=key.sign(_SIGNED + hashed.hash.encode()).hex())
 
 
-def first_fault(entries: Sequence[Entry], key: VerifyingKey, trusted: frozenset[str] = frozenset()) -> Fault | None:
+def first_fault(
+    entries: Sequence[Entry], key: VerifyingKey | None, trusted: frozenset[str] = frozenset()
+) -> Fault | None:
     """Return what is wrong with the first entry that is not as it was written; None for an intact chain.
 
     Args:
         entries: all of them, by sequence number.
-        key: the site's public key.
+        key: the site's public key; None leaves the signatures unchecked.
         trusted: hashes whose signature was checked before; hashes and order are checked always.
     """
     previous = GENESIS
@@ -120,7 +122,7 @@ def first_fault(entries: Sequence[Entry], key: VerifyingKey, trusted: frozenset[
     return None
 
 
-def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey, trusted: bool) -> Fault | None:
+def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey | None, trusted: bool) -> Fault | None:
     number = entry.sequence
     if number != expected:
         return Fault("missing", expected, f"entry {expected} is missing: entry {number} stands in its place")
@@ -132,11 +134,11 @@ def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey, truste
             number,
             f"entry {number} does not follow what stands before it: that was replaced, removed or moved",
         )
-    if entry.key_id != key.key_id:
+    if key is not None and entry.key_id != key.key_id:
         return Fault(
             "signature", number, f"entry {number} names key {entry.key_id}, which is not the site's {key.key_id}"
         )
-    if not trusted and not entry.is_signed_by(key):
+    if key is not None and not trusted and not entry.is_signed_by(key):
         return Fault(
             "signature", number, f"the signature of entry {number} is not the site's: it was forged or damaged"
         )
