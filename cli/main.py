@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import config, data, simulate, study
+from cli import config, data, doctor, ledger, plan, simulate, study
 
 __all__ = ["app", "main"]
 
@@ -20,9 +20,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("simulate")(simulate.simulate_command)
+app.command("plan")(plan.plan_command)
+app.command("doctor")(doctor.doctor_command)
 app.command("config")(config.config_command)
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
 
 
 def main() -> None:

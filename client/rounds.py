@@ -1,9 +1,7 @@
-"""One round at a site, in reading order: policy, reserve, train, difference, commit, reply."""
+"""One round at a site, in reading order: policy, reserve, train, difference, clip, commit, reply."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,24 +9,31 @@ import torch
 
 from client.policy import check_policy
 from client.state import SiteState
-from conf.schema.privacy import NoPrivacy, adaptive_clipping, local_privacy
+from client.training import Trained, TrainingJob, check_gradients, train
+from client.units import Units
+from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
-from finetuning.loop import TrainingDiagnostics, train_locally
-from finetuning.tasks.build import build_objective
 from privacy.accounting import epsilon_of
 from privacy.client_level import clip_update
-from privacy.gradients import GradientRule, gradient_rule
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
-from privacy.randomness import SecureStream
-from protocol.errors import BudgetExceeded, PrivacyError, ReplyRejected, SiteRefusal
+from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
-from protocol.tensors import NamedTensors, digest, layout_of, subtract, verify
+from protocol.metrics import releasable
+from protocol.tensors import NamedTensors, digest, layout_of, verify
 from strategies.build import build_strategy
 
-__all__ = ["RoundWork", "answer", "rehearse"]
+__all__ = ["RoundWork", "SiteRecords", "answer", "rehearse"]
+
+
+@dataclass(frozen=True)
+class SiteRecords:
+    """A site's tokenized records, and which of them belong together."""
+
+    examples: Sequence[Example]
+    units: Units
 
 
 @dataclass(frozen=True)
@@ -38,43 +43,43 @@ class RoundWork:
     file: SiteFile
     state: Callable[[], SiteState]
     adapted: Callable[[ClientPlan], AdaptedModel]
-    examples: Callable[[AdaptedModel], Sequence[Example]]
+    records: Callable[[AdaptedModel, LocalPrivacy, bytes], SiteRecords]
+    """Takes the site's secret, which chooses among the records of a user who has too many."""
 
 
 def answer(instruction: Instruction, work: RoundWork) -> Reply:
     """Return the update of one round, or a refusal. Nothing is spent before every check has passed."""
     try:
-        return _train(instruction, work)
+        return _round(instruction, work)
     except SiteRefusal as refusal:
         return _refusal(instruction, work, refusal.code, str(refusal))
     except BudgetExceeded as exceeded:
         return _refusal(instruction, work, "budget_exceeded", str(exceeded))
 
 
-def _train(instruction: Instruction, work: RoundWork) -> Reply:
+def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
     check_policy(work.file, header)
     adapted = work.adapted(plan)
     trained_names = build_strategy(plan.strategy).trained(adapted.names)
+    asked = local_privacy(plan.privacy)
     start = _starting_adapter(instruction, adapted, trained_names)
-    examples = work.examples(adapted)
-    privacy = _privacy_plan(plan, work.file, len(examples))
-    stream = _stream(plan, work.file.name, header.round, examples)
-    rule = _gradients(plan, privacy, adapted, trained_names, stream)
-    ledger = work.state().ledger
+    state = work.state()
+    records = work.records(adapted, asked, state.secret)
+    privacy = _privacy_plan(plan, work.file, len(records.units))
+    job = TrainingJob(work.file, header, adapted, trained_names, start, records.examples, records.units, privacy)
+    check_gradients(privacy, asked, adapted, trained_names)
 
-    try:
-        reservation = _reserve(ledger, privacy, plan, header.round)
-        adapted.load(start)
-        diagnostics = _run_steps(instruction, work, adapted, trained_names, examples, rule, _dropout_seed(stream))
-    finally:
-        rule.close()
-    update = subtract(adapted.extract(), start, trained_names)
-    below_clip = None
+    if privacy.is_private:
+        ledger = state.ledger(records.units)
+        trained = _booked(job, ledger, state.secret)
+        stated = _statement(privacy, ledger, plan)
+    else:
+        trained, stated = train(job, job.stream(state.secret, attempt=1)), None
+    state.record_diagnostics(header.round, trained.private_facts)
+    update, below_clip = trained.update, None
     if header.clip_norm is not None:  # client-level: the last step on real values
         update, below_clip = _clipped(update, header.clip_norm)
-    if reservation is not None and ledger is not None:
-        ledger.commit(reservation)
 
     return Reply(
         ReplyHeader(
@@ -84,12 +89,39 @@ def _train(instruction: Instruction, work: RoundWork) -> Reply:
             plan_digest=header.plan_digest,
             base_digest=adapted.base.digest,
             adapter_digest=header.adapter_digest,
-            privacy=_statement(privacy, ledger, plan),
-            metrics=_released(diagnostics, work.file),
+            privacy=stated,
+            metrics=_released(trained, job),
             below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
         ),
         update,
     )
+
+
+def _booked(job: TrainingJob, ledger: Ledger, secret: bytes) -> Trained:
+    """Return what training gave, booked before it was executed and committed before it may leave.
+
+    The same instruction on the same records gets the same noise, so a repeated message, or one whose round crashed, is
+    answered with the same bits and costs nothing more. Where the bits differ (another machine, another library), they
+    are thrown away, and the round is booked and executed again with independent noise.
+    """
+    header, privacy = job.header, job.privacy
+    booking = Booking(
+        run=header.plan.run,
+        round=header.round,
+        plan_digest=header.plan_digest,
+        schedule=privacy.whole_run,
+        mechanism=privacy.mechanism(privacy.steps_per_round),
+        inputs_digest=job.inputs,
+    )
+    reservation = ledger.reserve(booking)
+    trained = train(job, job.stream(secret, reservation.attempt))
+    try:
+        ledger.commit(reservation, trained.digest)
+    except ReplayDiverged:
+        reservation = ledger.reserve(booking, fresh=True)
+        trained = train(job, job.stream(secret, reservation.attempt))
+        ledger.commit(reservation, trained.digest)
+    return trained
 
 
 def _clipped(update: NamedTensors, clip_norm: float) -> tuple[NamedTensors, bool]:
@@ -106,9 +138,10 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
         CloisterError: the data, the model, the adapter or the budget does not fit the plan.
     """
     adapted = work.adapted(plan)
-    trained_names = build_strategy(plan.strategy).trained(adapted.names)
-    privacy = _privacy_plan(plan, work.file, len(work.examples(adapted)))
-    _gradients(plan, privacy, adapted, trained_names, SecureStream.from_operating_system()).close()
+    asked, trained_names = local_privacy(plan.privacy), build_strategy(plan.strategy).trained(adapted.names)
+    records = work.records(adapted, asked, b"rehearsal")
+    privacy = _privacy_plan(plan, work.file, len(records.units))
+    check_gradients(privacy, asked, adapted, trained_names)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
@@ -143,110 +176,46 @@ def _starting_adapter(
     return start
 
 
-def _privacy_plan(plan: ClientPlan, file: SiteFile, num_records: int) -> PrivacyPlan:
+def _privacy_plan(plan: ClientPlan, file: SiteFile, num_units: int) -> PrivacyPlan:
+    asked = local_privacy(plan.privacy)
     try:
         return build_plan(
-            local_privacy(plan.privacy),
+            asked,
             plan.local,
             rounds=plan.rounds,
-            published_units=file.published_records,
-            num_units=num_records,
+            published_units=_published_units(asked, file),
+            num_units=num_units,
             site_delta=None if file.budget is None else file.budget.delta,
         )
     except PrivacyError as error:
         raise PrivacyError(f"site {file.name}: {error}") from error
 
 
-def _reserve(ledger: Ledger | None, privacy: PrivacyPlan, plan: ClientPlan, round_number: int) -> Reservation | None:
-    """Book the round's steps before they are executed; the ledger refuses what the budget does not cover."""
-    if not privacy.is_private:
-        return None
-    if ledger is None:
-        raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
-    return ledger.reserve(plan.run, round_number, privacy.mechanism(privacy.steps_per_round))
+def _published_units(asked: LocalPrivacy, file: SiteFile) -> int:
+    """Return the public count of what is protected."""
+    if not isinstance(asked, UserLevel):
+        return file.published_records
+    if file.published_users is None:
+        raise PrivacyError(
+            f"site {file.name}: user-level privacy needs published_users, a count of users to make public"
+        )
+    return file.published_users
 
 
-def _gradients(
-    plan: ClientPlan,
-    privacy: PrivacyPlan,
-    adapted: AdaptedModel,
-    trained_names: frozenset[str],
-    stream: SecureStream,
-) -> GradientRule:
-    """Return what makes the gradients; a layer without a rule is refused here, before anything is spent."""
+def _released(trained: Trained, job: TrainingJob) -> dict[str, float]:
+    """Return the metrics that leave: what is public, what was noised, and without privacy what the policy lets out."""
+    metrics: dict[str, float] = {}
+    if trained.noisy_loss is not None:
+        metrics["noisy_training_loss"] = trained.noisy_loss
+    if not job.privacy.is_private and job.file.policy.release_training_loss:
+        metrics["training_loss"] = trained.diagnostics.mean_loss
+    return releasable(metrics, protected=job.privacy.is_private)
+
+
+def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> PrivacyStatement:
+    """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
-    per_example = "" if isinstance(asked, NoPrivacy) else asked.per_example_gradients
-    return gradient_rule(privacy, per_example, adapted.network, adapted.train_only(trained_names), stream)
-
-
-def _run_steps(
-    instruction: Instruction,
-    work: RoundWork,
-    adapted: AdaptedModel,
-    trained_names: frozenset[str],
-    examples: Sequence[Example],
-    rule: GradientRule,
-    dropout_seed: int,
-) -> TrainingDiagnostics:
-    header, plan = instruction.header, instruction.header.plan
-    diagnostics = train_locally(
-        adapted,
-        adapted.train_only(trained_names),
-        examples,
-        build_objective(plan.task),
-        rule,
-        plan.local,
-        seed=dropout_seed,
-        micro_batch_tokens=work.file.runtime.micro_batch_tokens,
-        learning_rate_factor=plan.local.learning_rate_factor(header.round, plan.rounds),
-    )
-    work.state().record_diagnostics(header.round, diagnostics, clipped=rule.clipped, non_finite=rule.non_finite)
-    return diagnostics
-
-
-def _stream(plan: ClientPlan, site: str, round_number: int, examples: Sequence[Example]) -> SecureStream:
-    """Return the randomness of sampling, noise and dropout: the operating system's, unless it is to be repeatable.
-
-    A repeatable stream is bound to everything that makes the run: other settings or other records get other noise, or
-    the difference of two runs would be free of it. Without privacy there is nothing to hide, and a run is repeatable.
-    """
-    asked = local_privacy(plan.privacy)
-    seed = plan.adapter_seed if isinstance(asked, NoPrivacy) else asked.insecure_seed
-    if seed is None:
-        return SecureStream.from_operating_system()
-    settings = plan.model_copy(update={"run": "any"}).digest
-    return SecureStream.insecure(seed, site, round_number, settings, _fingerprint(examples))
-
-
-def _fingerprint(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 (hex) of a site's tokenized records, in order. It never leaves the site."""
-    state = hashlib.sha256()
-    for example in examples:
-        state.update(f"|{len(example)}|{example.label}|".encode())
-        state.update(example.input_ids.tobytes() + example.trained.tobytes())
-    return state.hexdigest()
-
-
-def _dropout_seed(stream: SecureStream) -> int:
-    """Return a seed that nobody knows.
-
-    Which mask a record meets depends on the others in its batch. Secret masks are independent of each other whatever
-    was drawn, so the sensitivity bound holds for each of them; with a public seed it would not.
-    """
-    return int(stream.uniform(1)[0] * 2**53)
-
-
-def _released(diagnostics: TrainingDiagnostics, file: SiteFile) -> dict[str, float]:
-    """Return the metrics that the site's policy lets out; by default none."""
-    if not file.policy.release_training_loss or not math.isfinite(diagnostics.mean_loss):
-        return {}
-    return {"training_loss": diagnostics.mean_loss}
-
-
-def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan) -> PrivacyStatement | None:
-    """Return what the site's protection costs so far; None where nothing is promised."""
-    if not privacy.is_private or ledger is None:
-        return None
+    insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
     booked = ledger.mechanisms(plan.run)
     return PrivacyStatement(
         unit=privacy.unit,
@@ -260,13 +229,8 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger | None, plan: ClientPlan) ->
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
         steps_executed=sum(mechanism.steps for mechanism in booked),
-        insecure_seed=_insecure(plan),
+        insecure_seed=insecure,
     )
-
-
-def _insecure(plan: ClientPlan) -> bool:
-    asked = local_privacy(plan.privacy)
-    return not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
 
 
 def _refusal(instruction: Instruction, work: RoundWork, code: str, reason: str) -> Reply:

@@ -16,11 +16,13 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from client.rounds import RoundWork, answer, rehearse
+from client.rounds import RoundWork, SiteRecords, answer, rehearse
 from client.state import SiteState
+from client.units import Units, units_of
+from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import Example, TokenizedRows, tokenize_rows
+from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, limit_rows, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
@@ -42,7 +44,8 @@ class Site:
         """
         self.file = file
         self._read = rows or self._training_rows
-        self._tokenized: TokenizedRows | None = None
+        self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
+        self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
         if file.runtime.threads is not None:
             torch.set_num_threads(file.runtime.threads)
 
@@ -75,7 +78,7 @@ class Site:
             self.state.close()
 
     def _work(self) -> RoundWork:
-        return RoundWork(self.file, lambda: self.state, self._adapted, self._examples)
+        return RoundWork(self.file, lambda: self.state, self._adapted, self._records)
 
     def _training_rows(self) -> Sequence[Row]:
         """Return the site's records; only a split column keeps some of them out of training."""
@@ -91,10 +94,17 @@ class Site:
         base = load_base(model, self.file.task, self.file.runtime.device)
         return attach(base, plan.peft, self.file.task)
 
-    def _examples(self, adapted: AdaptedModel) -> Sequence[Example]:
+    def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         if self._tokenized is None:
-            self._tokenized = tokenize_site(self.file, self._read(), adapted)
-        return self._tokenized.examples
+            rows = self._read()
+            tokenized = tokenize_site(self.file, rows, adapted)
+            emptied = set(tokenized.report.emptied)
+            self._tokenized = tokenized, [row for number, row in enumerate(rows, start=1) if number not in emptied]
+        tokenized, kept = self._tokenized
+        asked = (privacy, key)
+        if asked not in self._units:
+            self._units = {asked: units_of(kept, privacy, self.file.data.user_column, key)}
+        return SiteRecords(tokenized.examples, self._units[asked])
 
 
 def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) -> TokenizedRows:

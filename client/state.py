@@ -1,14 +1,18 @@
-"""What a site keeps between rounds, in its own directory: the ledger, and diagnostics that never leave."""
+"""What a site keeps between rounds, in its own directory: keys, ledger, and diagnostics that never leave."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from privacy.identity import identify
+
+from client.units import Units
 from conf.schema.site import SiteFile
-from privacy.ledger import Budget, Ledger
+from privacy.ledger import Budget, Ledger, SiteKeys, load_or_create_keys
+from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
 
@@ -17,21 +21,51 @@ class SiteState:
     """The files of one site."""
 
     def __init__(self, site: SiteFile) -> None:
+        self._site = site
         self._folder = Path(site.state_directory)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.ledger = (
-            None
-            if site.budget is None
-            else Ledger(self._folder / "ledger.db", Budget(site.budget.epsilon, site.budget.delta))
-        )
+        self._ledger: tuple[Units, Ledger] | None = None
 
-    def record_diagnostics(self, round_number: int, diagnostics: Any, **private_facts: float) -> None:
+    @cached_property
+    def _keys(self) -> SiteKeys:
+        return load_or_create_keys(self._folder)
+
+    @property
+    def secret(self) -> bytes:
+        """The key of this site's noise and of the hashes of its records; never leaves the site."""
+        return self._keys.secret
+
+    def ledger(self, units: Units) -> Ledger:
+        """Return the ledger of the data set that consists of `units`.
+
+        Raises:
+            SiteRefusal: this site has no budget.
+        """
+        if self._ledger is not None and self._ledger[0] is units:
+            return self._ledger[1]
+        budget = self._site.budget
+        if budget is None:
+            raise SiteRefusal(
+                "no_budget", "this site has no privacy budget; its operator must set one in the site file"
+            )
+        self.close()
+        where = self._site.ledger or self._folder / "ledger.db"
+        identity = identify(units.names, self.secret)
+        ledger = Ledger(where, self._keys.signing, identity, Budget(budget.epsilon, budget.delta, budget.unit))
+        self._ledger = (units, ledger)
+        return ledger
+
+    def spent(self) -> float:
+        """Return the ε of everything booked for the data set of the last round; 0 before the first."""
+        return 0.0 if self._ledger is None else self._ledger[1].spent()
+
+    def record_diagnostics(self, round_number: int, private_facts: Mapping[str, float]) -> None:
         """Append a round's private facts to `diagnostics.jsonl`, for the site's own operator."""
-        line = json.dumps({"round": round_number, **asdict(diagnostics), **private_facts})
         with (self._folder / "diagnostics.jsonl").open("a") as stream:
-            stream.write(line + "\n")
+            stream.write(json.dumps({"round": round_number, **private_facts}) + "\n")
 
     def close(self) -> None:
         """Release the ledger's file."""
-        if self.ledger is not None:
-            self.ledger.close()
+        if self._ledger is not None:
+            self._ledger[1].close()
+            self._ledger = None

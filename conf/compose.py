@@ -43,8 +43,8 @@ def compose_experiment(overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         InvalidConfiguration: naming each wrong path, its value, its bound and the nearest valid name.
     """
-    parsed = _parse(overrides)
-    problems = [problem for override in parsed if (problem := _unknown_group_member(override))]
+    parsed, problems = _parse(overrides)
+    problems += [problem for override in parsed if (problem := _unknown_group_member(override))]
     usable = [override for override in parsed if not _unknown_group_member(override)]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIRECTORY)):
@@ -76,18 +76,38 @@ def split_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     """Return one tuple of overrides per job of a sweep: `a=1,2 b=3` gives `(a=1, b=3)` and `(a=2, b=3)`.
 
     Hydra's own sweep syntax, so `choice(...)`, `range(...)` and quoted values work as they do there.
+
+    Raises:
+        InvalidConfiguration: naming each override that cannot be read.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    batches = BasicSweeper.split_arguments(_parse(overrides), max_batch_size=None)
+    parsed, problems = _parse(overrides)
+    if problems:
+        raise InvalidConfiguration(problems)
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [tuple(job) for batch in batches for job in batch]
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise InvalidConfiguration([f"an override cannot be read: {error}"]) from error
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Return the overrides that can be read, and a sentence for each that cannot.
+
+    One at a time: Hydra stops at the first and tells a position in its own grammar, not which override it was.
+    """
+    parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
+    for line in overrides:
+        try:
+            override = parser.parse_override(line)
+        except HydraException:
+            override = None
+        if override is not None and override.key_or_group:
+            parsed.append(override)
+        else:
+            problems.append(
+                f"{line!r} cannot be read as an override; write path.to.key=value, and quote a value that holds "
+                "brackets, braces, commas or an equals sign: \"key='a, b'\""
+            )
+    return parsed, problems
 
 
 def _unknown_group_member(override: Override) -> str | None:

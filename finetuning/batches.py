@@ -183,49 +183,74 @@ def tokenize_rows(
     return TokenizedRows(tuple(examples), report)
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Return the examples padded on the right to the longest of them; none at all gives a batch of shape [0, 0]."""
-    longest = max((len(example) for example in examples), default=0)
-    shape = (len(examples), longest)
+def collate(
+    examples: Sequence[Example], pad_token_id: int, *, rows: int | None = None, length: int | None = None
+) -> Batch:
+    """Return the examples padded on the right, one row each; none at all gives a batch of shape [0, 0].
+
+    A row holds one example. Several packed into a row could not be clipped apart: their gradients would share a row.
+
+    Args:
+        examples: what to learn.
+        pad_token_id: fills the padding.
+        rows: pads to so many rows. A padding row has nothing to learn, and one visible token, so that no attention is
+            over nothing; its loss belongs to no example.
+        length: pads to so many tokens; None: to the longest example.
+    """
+    longest = length or max((len(example) for example in examples), default=0)
+    shape = (rows or len(examples), longest)
     ids = np.full(shape, pad_token_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
+    mask[len(examples) :, :1] = 1
     targets = np.full(shape, IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
-        length = len(example)
-        ids[row, :length] = example.input_ids
-        mask[row, :length] = 1
-        targets[row, :length] = np.where(example.trained, example.input_ids, IGNORED)
+        used = len(example)
+        ids[row, :used] = example.input_ids
+        mask[row, :used] = 1
+        targets[row, :used] = np.where(example.trained, example.input_ids, IGNORED)
     known = [example.label for example in examples if example.label is not None]
     if known and len(known) != len(examples):
         raise ValueError(f"{len(known)} of {len(examples)} examples have a label; a batch needs all or none")
+    labels = known + [0] * (shape[0] - len(examples))
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
         targets=torch.from_numpy(targets),
-        labels=torch.tensor(known, dtype=torch.int64) if known else None,
+        labels=torch.tensor(labels, dtype=torch.int64) if known else None,
     )
 
 
-def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Return groups of positions such that longest length times count stays within `max_tokens`.
+def micro_batches(lengths: Sequence[int], *, max_tokens: int, rows: Sequence[int] | None = None) -> list[list[int]]:
+    """Return groups of positions such that longest length times rows stays within `max_tokens`.
 
     Sorting by length keeps padding small. Each position is in exactly one group; one that is longer than `max_tokens`
     has a group to itself. Equal lengths keep their order, so the result depends on the arguments alone.
+
+    Args:
+        lengths: tokens of each item; the longest row's where an item has several.
+        max_tokens: bound on the padded tokens of a group.
+        rows: rows of each item, which stay together; None: one each.
 
     >>> micro_batches([5, 1, 4, 9], max_tokens=7)
     [[1], [2], [0], [3]]
     >>> micro_batches([5, 1, 4, 9], max_tokens=10)
     [[1, 2], [0], [3]]
+    >>> micro_batches([5, 1, 4, 9], max_tokens=30, rows=[2, 6, 1, 1])
+    [[1, 2], [0, 3]]
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    rows = rows or [1] * len(lengths)
     groups: list[list[int]] = []
+    filled = 0
     for position in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         # Ascending order: the newcomer is the longest of its group.
-        if groups and lengths[position] * (len(groups[-1]) + 1) <= max_tokens:
+        filled += rows[position]
+        if groups and lengths[position] * filled <= max_tokens:
             groups[-1].append(position)
         else:
             groups.append([position])
+            filled = rows[position]
     return groups
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 from conf.schema.federation import AdamW, LocalTraining, Optimizer
 from finetuning.adapters import AdaptedModel
-from finetuning.batches import Example, collate, micro_batches
+from finetuning.batches import Example
 from finetuning.tasks.base import TaskObjective
+from finetuning.units import MicroBatches
 
 __all__ = ["Gradients", "TrainingDiagnostics", "build_optimizer", "train_locally"]
 
@@ -23,12 +24,12 @@ class Gradients(Protocol):
 
     max_micro_batch: int | None
 
-    def draw(self, num_records: int) -> list[int]:
-        """Return the positions of this step's records."""
+    def draw(self, num_units: int) -> list[int]:
+        """Return the positions of this step's units."""
         ...
 
-    def accumulate(self, losses: torch.Tensor) -> None:
-        """Take one micro-batch's losses through the backward pass."""
+    def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
+        """Take one micro-batch's losses through the backward pass; `owners` gives each one's unit, -1 for padding."""
         ...
 
     def finish(self) -> None:
@@ -56,6 +57,9 @@ def train_locally(
     *,
     seed: int,
     micro_batch_tokens: int,
+    units: Sequence[Sequence[int]] | None = None,
+    unit_weighting: Literal["mean", "sum"] = "mean",
+    static_shapes: bool = False,
     learning_rate_factor: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingDiagnostics:
@@ -66,31 +70,42 @@ def train_locally(
         trained: the parameters that may move.
         examples: the site's records.
         objective: the loss per example.
-        gradients: draws the records and makes the gradient of each step.
+        gradients: draws the units and makes the gradient of each step.
         local: steps and optimizer.
         seed: of dropout, the only randomness here.
         micro_batch_tokens: padded tokens per forward pass; changes memory and speed, not the result.
+        units: the positions of each unit's records; what is drawn, and protected, as one. None: each record alone.
+        unit_weighting: whether a unit's loss is the mean or the sum over its records.
+        static_shapes: pad every micro-batch to one shape with rows that add nothing; the result is the same.
         learning_rate_factor: multiplies the optimizer's learning rate.
         clock: seconds, for the diagnostics.
     """
     began = clock()
     optimizer = build_optimizer(local.optimizer, list(trained.values()), learning_rate_factor)
     device = adapted.base.device
+    batches = MicroBatches.of(
+        examples,
+        units,
+        adapted.base.pad_token_id,
+        max_tokens=micro_batch_tokens,
+        max_units=gradients.max_micro_batch,
+        mean=unit_weighting == "mean",
+        static_shapes=static_shapes,
+    )
     loss_sum, seen = 0.0, 0
     adapted.network.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(local.steps):
-            drawn = [examples[position] for position in gradients.draw(len(examples))]
-            for group in _groups(drawn, gradients.max_micro_batch, micro_batch_tokens):
-                batch = collate([drawn[position] for position in group], adapted.base.pad_token_id).to(device)
-                losses = objective.losses(adapted.network, batch)
-                gradients.accumulate(losses)
-                loss_sum += float(losses.detach().sum())
+            for part in batches.of_step(gradients.draw(len(batches.units))):
+                part = part.to(device)
+                losses = objective.losses(adapted.network, part.batch)
+                gradients.accumulate(losses * part.weights, part.owners)
+                loss_sum += float(losses.detach()[: part.records].sum())
+                seen += part.records
             gradients.finish()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            seen += len(drawn)
     adapted.network.eval()
     return TrainingDiagnostics(local.steps, seen, loss_sum / max(seen, 1), clock() - began)
 
@@ -104,10 +119,3 @@ def build_optimizer(
         betas = (config.beta1, config.beta2)
         return torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, rate, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _groups(drawn: Sequence[Example], max_examples: int | None, max_tokens: int) -> list[list[int]]:
-    groups = micro_batches([len(example) for example in drawn], max_tokens=max_tokens)
-    if max_examples is None:
-        return groups
-    return [group[i : i + max_examples] for group in groups for i in range(0, len(group), max_examples)]

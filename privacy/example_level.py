@@ -1,32 +1,35 @@
 """DP-SGD (Abadi et al. 2016, arXiv 1607.00133): per-example gradients, clipped, summed, noised.
 
-Opacus computes the per-example gradients by its hooks; its `PrivacyEngine.make_private` is not used, because it derives
-rate, steps and normalizer from the private number of records, crashes or releases a fake gradient on an empty batch,
-lets one infinite gradient poison the sum, and draws noise from torch's global generator (docs/decisions/0003).
+Per-example gradients come from `privacy.per_example`, from Opacus' hooks, or from one backward pass per unit. Opacus'
+`PrivacyEngine.make_private` is not used, because it derives rate, steps and normalizer from the private number of
+records, crashes or releases a fake gradient on an empty batch, lets one infinite gradient poison the sum, and draws
+noise from torch's global generator (docs/decisions/0003).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 
-from privacy.clipping import clipped_sum
+from privacy.clipping import clipped_sum, sum_by_unit
+from privacy.noise import NoiseAhead
+from privacy.per_example import ONE_BY_ONE, PatchedForwards, Recorder
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
+from privacy.released_loss import ReleasedLoss
 from protocol.errors import PrivacyError
 
-__all__ = ["OneByOneGradients", "OpacusGradients", "layers_without_rule"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-ONE_BY_ONE = "set privacy.per_example_gradients=one_by_one (exact for every architecture, slower)"
+__all__ = ["NativeGradients", "OneByOneGradients", "OpacusGradients", "layers_without_opacus_rule"]
 
 
-class _NoisySum:
-    """What both ways of getting per-example gradients share: the running clipped sum, and the noised result."""
+class _NoisySum(ABC):
+    """What all ways of getting per-example gradients share: the running clipped sum, and the noised result."""
 
     max_micro_batch: int | None = None
 
@@ -34,46 +37,102 @@ class _NoisySum:
         self._plan = plan
         self._trained = trained
         self._stream = stream
+        self._noise = plan.noise(sum(parameter.numel() for parameter in trained.values()))
         self._sums = self._zeros()
+        self._loss = None if plan.loss is None else ReleasedLoss(plan, plan.loss)
         self.clipped = 0
         self.non_finite = 0
 
-    def draw(self, num_records: int) -> list[int]:
-        """Return the positions of the records that this step uses: a Poisson sample at the plan's rate."""
-        return self._plan.sampling.draw(num_records, self._stream)
+    @property
+    def released_loss(self) -> float | None:
+        """The noised mean loss of the finished steps, or None where the plan releases none."""
+        return None if self._loss is None else self._loss.value
 
-    def finish(self) -> None:
-        """Write (clipped sum + noise) / normalizer into `.grad`; an empty draw still takes its noise."""
-        for parameter, noised in zip(
-            self._trained.values(), self._plan.noise.add(self._sums, self._stream), strict=True
-        ):
-            parameter.grad = (noised / self._plan.normalizer).to(parameter.dtype)
-        self._sums = self._zeros()
+    @cached_property
+    def _ahead(self) -> NoiseAhead:
+        return NoiseAhead(self._noise, tuple(self._trained.values()), self._stream)
 
-    def close(self) -> None:
-        """Nothing was attached to the network."""
+    def draw(self, num_units: int) -> list[int]:
+        """Return the positions of the units that this step uses: a Poisson sample at the plan's rate."""
+        _ = self._ahead  # the first step's noise is drawn from now on, beside the gradients
+        return self._plan.sampling.draw(num_units, self._stream)
 
-    def _zeros(self) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.zeros_like(parameter, dtype=torch.float32) for parameter in self._trained.values())
+    def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
+        """Take one micro-batch's per-example losses, shape (examples,), through the backward pass.
 
-    def _add(self, per_example: Sequence[torch.Tensor]) -> None:
-        result = clipped_sum(per_example, self._plan.clip_norm)
+        Args:
+            losses: each a function of its own example alone.
+            owners: int64, shape (examples,): the unit of each example within this micro-batch; -1 for a padding row,
+                which adds nothing. None: each example is a unit of its own. All examples of a unit are in one call.
+
+        Raises:
+            PrivacyError: naming a parameter whose gradient is missing, or not one per example.
+        """
+        if owners is None:
+            owners = torch.arange(len(losses), device=losses.device)
+        result = clipped_sum(self._per_unit(losses, owners), self._noise.clip_norm, self._noise.fold)
         self._sums = tuple(total + part for total, part in zip(self._sums, result.sums, strict=True))
         self.clipped += result.clipped
         self.non_finite += result.non_finite
+        if self._loss is not None:
+            self._loss.accumulate(sum_by_unit([losses.detach()], owners)[0])
+
+    def finish(self) -> None:
+        """Write (clipped sum + noise) / normalizer into `.grad`; an empty draw still takes its noise."""
+        for parameter, noised in zip(self._trained.values(), self._ahead.add(self._sums), strict=True):
+            parameter.grad = (noised / self._plan.normalizer).to(parameter.dtype)
+        self._sums = self._zeros()
+        if self._loss is not None:
+            self._loss.finish(self._stream)
+
+    def close(self) -> None:
+        """End the drawing of noise."""
+        if "_ahead" in self.__dict__:
+            self._ahead.close()
+
+    @abstractmethod
+    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient, one tensor of shape (units, *parameter shape) per parameter."""
+
+    def _zeros(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
+
+
+class NativeGradients(_NoisySum):
+    """All examples of a micro-batch in one backward pass, through the rules of `privacy.per_example`."""
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        network: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        stream: SecureStream,
+    ) -> None:
+        super().__init__(plan, trained, stream)
+        self._recorder = Recorder(trained)
+        self._patched = PatchedForwards(network, trained, self._recorder)
+
+    def close(self) -> None:
+        """Put the layers' own forwards back."""
+        super().close()
+        self._patched.close()
+
+    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        return sum_by_unit(self._recorder.backward(losses), owners)
 
 
 class OneByOneGradients(_NoisySum):
-    """One example per backward pass: exact whatever the layers are."""
+    """One unit per backward pass: exact whatever the layers are."""
 
     max_micro_batch: int | None = 1
 
-    def accumulate(self, losses: torch.Tensor) -> None:
-        """Take the loss of one example, shape (1,)."""
-        if losses.shape != (1,):
-            raise ValueError(f"one example at a time, not losses of shape {tuple(losses.shape)}")
-        losses.sum().backward()
-        self._add([self._taken(parameter) for parameter in self._trained.values()])
+    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        if int(owners.max()) > 0:
+            raise ValueError(f"one unit at a time, not {int(owners.max()) + 1}; privacy.gradients allows no more here")
+        for parameter in self._trained.values():
+            parameter.grad = None
+        losses[owners >= 0].sum().backward()
+        return [self._taken(parameter) for parameter in self._trained.values()]
 
     @staticmethod
     def _taken(parameter: nn.Parameter) -> torch.Tensor:
@@ -93,23 +152,18 @@ class OpacusGradients(_NoisySum):
         stream: SecureStream,
     ) -> None:
         super().__init__(plan, trained, stream)
-        refused = layers_without_rule(network)
-        if refused:
-            raise PrivacyError(
-                f"{len(refused)} trained layer(s) have no per-example gradient rule, first {refused[0]}; {ONE_BY_ONE}, "
-                "or leave the layer out of peft.targets"
-            )
         # The losses are summed, so each hook sees the gradient of the example's own loss.
         self._hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum", strict=True)
 
-    def accumulate(self, losses: torch.Tensor) -> None:
-        """Take the micro-batch's per-example losses, shape (examples,)."""
-        losses.sum().backward()
-        self._add([self._taken(name, parameter, len(losses)) for name, parameter in self._trained.items()])
-
     def close(self) -> None:
         """Remove the hooks."""
+        super().close()
         self._hooks.cleanup()
+
+    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        losses.sum().backward()
+        rows = [self._taken(name, parameter, len(losses)) for name, parameter in self._trained.items()]
+        return sum_by_unit(rows, owners)
 
     @staticmethod
     def _taken(name: str, parameter: nn.Parameter, examples: int) -> torch.Tensor:
@@ -121,19 +175,14 @@ class OpacusGradients(_NoisySum):
         return gradient
 
 
-def layers_without_rule(network: nn.Module) -> list[str]:
+def layers_without_opacus_rule(network: nn.Module) -> list[str]:
     """Return `name (type)` of every module that holds a trained parameter and has no Opacus rule of its own.
 
-    Opacus would try such a module with functorch; whether that is right depends on the module, so it is refused. A
-    batch norm anywhere couples examples, so it is refused even when frozen.
+    Opacus would try such a module with functorch; whether that is right depends on the module, so it is refused.
     """
-    return [f"{name} ({type(module).__name__})" for name, module in _owners(network)]
-
-
-def _owners(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     rules = GradSampleModule.GRAD_SAMPLERS
-    for name, module in network.named_modules():
-        trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        couples = isinstance(module, _BATCH_NORMS)
-        if couples or (trains and type(module) not in rules):
-            yield name, module
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in network.named_modules()
+        if any(each.requires_grad for each in module.parameters(recurse=False)) and type(module) not in rules
+    ]

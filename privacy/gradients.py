@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from privacy.example_level import OneByOneGradients, OpacusGradients
+from privacy.example_level import NativeGradients, OneByOneGradients, OpacusGradients, layers_without_opacus_rule
 from privacy.no_privacy import PlainGradients
+from privacy.per_example import couples_examples, layers_without_native_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
+from protocol.errors import PrivacyError
 
 __all__ = ["GradientRule", "gradient_rule"]
 
+_log = logging.getLogger(__name__)
+
 
 class GradientRule(Protocol):
-    """Draws a step's records, takes their losses micro-batch by micro-batch, and leaves the step's gradient.
+    """Draws a step's units, takes their losses micro-batch by micro-batch, and leaves the step's gradient.
 
-    `max_micro_batch` bounds the examples per micro-batch, or is None.
+    `max_micro_batch` bounds the units per micro-batch, or is None. `clipped` and `non_finite` count units, and are
+    private to the site; `released_loss` is noised and accounted, and None where the plan releases no loss.
     """
 
     max_micro_batch: int | None
     clipped: int
     non_finite: int
 
-    def draw(self, num_records: int) -> list[int]:
-        """Return the positions of the records that this step uses."""
+    @property
+    def released_loss(self) -> float | None:
+        """The noised mean loss of the finished steps."""
         ...
 
-    def accumulate(self, losses: torch.Tensor) -> None:
-        """Take one micro-batch's per-example losses, shape (examples,), through the backward pass."""
+    def draw(self, num_units: int) -> list[int]:
+        """Return the positions of the units that this step uses."""
+        ...
+
+    def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
+        """Take one micro-batch's per-example losses, shape (examples,), through the backward pass.
+
+        `owners` (int64, same shape) gives the unit of each example, 0 to units - 1, and -1 for a padding row; None:
+        each example is its own unit. All examples of a unit belong into one call.
+        """
         ...
 
     def finish(self) -> None:
@@ -44,22 +59,60 @@ class GradientRule(Protocol):
 
 
 def gradient_rule(
-    plan: PrivacyPlan, per_example: str, network: nn.Module, trained: Mapping[str, nn.Parameter], stream: SecureStream
+    plan: PrivacyPlan,
+    per_example: str,
+    network: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    stream: SecureStream,
+    *,
+    without_rule: str = "one_by_one",
 ) -> GradientRule:
     """Return the rule for a plan.
 
     Args:
         plan: what is promised.
-        per_example: `opacus` or `one_by_one`; without privacy it is not used.
-        network: the whole network, in which hooks may be set.
+        per_example: `native`, `opacus` or `one_by_one`; without privacy it is not used.
+        network: the whole network, whose forwards may be exchanged, or hooks set, until `close`.
         trained: the parameters that training moves, by name.
         stream: the randomness of sampling and noise.
+        without_rule: what happens where a trained layer has no per-example rule: `one_by_one` (exact, with a warning
+            that names the layers) or `refuse`.
 
     Raises:
-        PrivacyError: naming the first layer that has no per-example rule.
+        PrivacyError: naming a batch norm; or, under `refuse`, the first layer that has no per-example rule.
     """
     if not plan.is_private:
         return PlainGradients(plan, trained, stream)
-    if per_example == "one_by_one":
-        return OneByOneGradients(plan, trained, stream)
-    return OpacusGradients(plan, network, trained, stream)
+    coupling = couples_examples(network)
+    if coupling:
+        raise PrivacyError(
+            f"{coupling[0]} mixes the examples of a batch, so no example's influence is bounded; use a model without "
+            "batch norm (a layer norm or a group norm will do)"
+        )
+    if per_example != "one_by_one":
+        build, missing = _batched(per_example, network, trained)
+        if not missing:
+            return build(plan, network, trained, stream)
+        _refuse_or_warn(per_example, missing, without_rule)
+    return OneByOneGradients(plan, trained, stream)
+
+
+def _batched(
+    per_example: str, network: nn.Module, trained: Mapping[str, nn.Parameter]
+) -> tuple[Callable[..., GradientRule], list[str]]:
+    if per_example == "native":
+        return NativeGradients, layers_without_native_rule(network, trained)
+    if per_example == "opacus":
+        return OpacusGradients, layers_without_opacus_rule(network)
+    raise ValueError(f"per_example={per_example!r} is none of native, opacus, one_by_one")
+
+
+def _refuse_or_warn(per_example: str, missing: list[str], without_rule: str) -> None:
+    named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    problem = f"{len(missing)} trained layer(s) have no per-example gradient rule in {per_example}: {named}"
+    if without_rule == "refuse":
+        raise PrivacyError(
+            f"{problem}; set privacy.per_example_gradients=one_by_one (exact for every architecture, slower), or leave "
+            "the layer out of peft.targets"
+        )
+    _log.warning("%s; every layer is trained one by one instead: exact, and slower on a GPU", problem)

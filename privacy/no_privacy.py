@@ -19,19 +19,20 @@ class PlainGradients:
     max_micro_batch: int | None = None
     clipped = 0
     non_finite = 0
+    released_loss: float | None = None
 
     def __init__(self, plan: PrivacyPlan, trained: Mapping[str, nn.Parameter], stream: SecureStream) -> None:
         self._plan = plan
         self._trained = trained
         self._stream = stream
 
-    def draw(self, num_records: int) -> list[int]:
-        """Return the positions of the records that this step uses."""
-        return self._plan.sampling.draw(num_records, self._stream)
+    def draw(self, num_units: int) -> list[int]:
+        """Return the positions of the units that this step uses."""
+        return self._plan.sampling.draw(num_units, self._stream)
 
-    def accumulate(self, losses: torch.Tensor) -> None:
-        """Add the micro-batch's gradient to `.grad`."""
-        losses.sum().backward()
+    def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
+        """Add the micro-batch's gradient to `.grad`; rows of owner -1 are padding."""
+        (losses if owners is None else losses[owners >= 0]).sum().backward()
 
     def finish(self) -> None:
         """Divide by the normalizer; an empty draw leaves zero."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
-from privacy.accounting import ACCOUNTANT, epsilon_of
+from privacy.accounting import accountant_of, epsilon_of
 from privacy.calibration import calibrate_noise
 from privacy.mechanisms import SubsampledGaussian
-from privacy.noise import GaussianNoise
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from privacy.noise import Noise
 
 __all__ = ["DELTA_MARGIN", "LossRelease", "PrivacyPlan", "Unit", "build_plan", "default_delta"]
 
@@ -64,11 +66,16 @@ class PrivacyPlan:
     @property
     def accountant(self) -> str:
         """Who computed the ε of this plan."""
-        return ACCOUNTANT if self.is_private else "none"
+        return accountant_of([self.whole_run]) if self.is_private else "none"
 
-    @property
-    def noise(self) -> GaussianNoise:
-        """The noise, scaled by the sensitivity that the clip fixes."""
+    def noise(self, dimension: int) -> Noise:
+        """Return the noise for sums of `dimension` coordinates, scaled by the sensitivity that the clip fixes."""
+        # Imported here: a plan is made for `cloister plan` too, which has no use for torch and its seconds.
+        from privacy.discrete import DiscreteNoise
+        from privacy.noise import GaussianNoise
+
+        if self.discrete:
+            return DiscreteNoise(self.noise_multiplier, self.clip_norm, dimension)
         return GaussianNoise(self.noise_multiplier, self.clip_norm if self.is_private else 0.0)
 
     def mechanism(self, steps: int) -> SubsampledGaussian:

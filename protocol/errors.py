@@ -7,7 +7,8 @@
     ├── DataError          change the data or its description  (exit code 3)
     ├── ModelError         change the model or the adapter     (exit code 4)
     ├── PrivacyError       what was asked cannot be private    (exit code 5)
-    │   └── BudgetExceeded the budget does not cover it        (exit code 6)
+    │   ├── BudgetExceeded the budget does not cover it        (exit code 6)
+    │   └── ReplayDiverged the same inputs gave another output (exit code 5)
     ├── SiteRefusal        a site says no, with a reason code  (exit code 7)
     ├── ReplyRejected      a reply failed verification         (exit code 8)
     └── FederationError    too few valid replies to go on      (exit code 9)
@@ -25,6 +26,7 @@ __all__ = [
     "FederationError",
     "ModelError",
     "PrivacyError",
+    "ReplayDiverged",
     "ReplyRejected",
     "SiteRefusal",
 ]
@@ -64,6 +66,10 @@ class BudgetExceeded(PrivacyError):
     """Going on would spend more privacy than the budget holds."""
 
     exit_code = 6
+
+
+class ReplayDiverged(PrivacyError):
+    """A round executed again did not give the same bits; what it gave must not leave."""
 
 
 class SiteRefusal(CloisterError):

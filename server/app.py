@@ -7,12 +7,14 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
@@ -66,9 +68,23 @@ def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
 
     @flower_app.main()
     def main(grid: Grid, context: Context) -> None:  # pyright: ignore[reportUnusedFunction]
-        serve(grid, find_launch(context))
+        serve(grid, _on_flowers_engine(grid, find_launch(context)))
 
     return flower_app
+
+
+def _on_flowers_engine(grid: Grid, launch: Launch) -> Launch:
+    """Return the launch that waits for every simulated site, where `grid` is the simulation engine's.
+
+    The engine's number of nodes is an option of `flwr run` that no project file can set, 2 unless given. A part of the
+    sites must not train because somebody forgot it, so `cloister.simulated_nodes` of the installed package compares.
+    """
+    if not isinstance(grid, InMemoryGrid):
+        return launch
+    nodes = len(list(grid.get_node_ids()))
+    for entry in entry_points(group="cloister.simulated_nodes"):
+        entry.load()(launch.experiment, nodes)
+    return replace(launch, expected_sites=nodes)
 
 
 def launch_from_context(context: Context) -> Launch:

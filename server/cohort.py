@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,9 @@ from protocol.records import record_to_card
 __all__ = ["Invitations", "Member", "draw_cohort", "draw_within_limits", "enroll", "weights_of"]
 
 _log = logging.getLogger(__name__)
-_POLL_S = 1.0
+_POLL_S = 0.5
+_GRACE_S = 15.0
+"""What nodes that have not answered yet get when enough others have."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,34 @@ def enroll(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Member, ...]:
-    """Wait until `expected_sites` nodes are connected, ask each for its card, and return them sorted by name.
+    """Ask every node for its card, as it connects, until `expected_sites` have answered; return them sorted by name.
+
+    Nodes that have been asked by then get a few seconds more; then the run starts without those that hang. A node
+    that disconnects before the start is out, and is asked again when it returns.
 
     Raises:
-        FederationError: too few nodes in time, or two nodes with one name.
+        FederationError: too few cards in time, or two connected nodes with one name.
     """
-    deadline = clock() + timeout_s
-    while len(nodes := sorted(grid.get_node_ids())) < expected_sites:
-        if clock() > deadline:
+    if math.isinf(timeout_s):
+        timeout_s = 0.0  # in one process a node answers when it is asked, or never
+    deadline, starts_by = clock() + timeout_s, math.inf
+    roll = _Roll(grid)
+    while True:
+        roll.poll()
+        now, cards = clock(), len(roll.members)
+        starts_by = min(starts_by, now + _GRACE_S) if cards >= expected_sites else math.inf
+        if cards >= expected_sites and (now >= starts_by or not roll.pending):
+            break
+        if cards < expected_sites and now >= deadline:
             raise FederationError(
-                f"{len(nodes)} of federation.expected_sites={expected_sites} sites connected within {timeout_s:.0f} s; "
-                "start the missing SuperNodes, or lower federation.expected_sites"
+                f"{cards} of federation.expected_sites={expected_sites} sites answered with a card within "
+                f"{timeout_s:.0f} s, nodes connected: {roll.connected}; start the missing SuperNodes, or lower "
+                "federation.expected_sites"
             )
         sleep(_POLL_S)
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    members: dict[str, Member] = {}
-    for reply in grid.send_and_receive(messages, timeout=max(deadline - clock(), _POLL_S)):
-        member = _member(reply)
-        if member is None:
-            continue
-        if member.site in members:
-            raise FederationError(f"two nodes call themselves {member.site!r}; give each site file its own name")
-        members[member.site] = member
-    if len(members) < expected_sites:
-        raise FederationError(
-            f"{len(members)} of federation.expected_sites={expected_sites} sites answered with a card; "
-            "the log above names the nodes that did not"
-        )
-    return tuple(members[name] for name in sorted(members))
+    for node in roll.pending:
+        _log.warning("node %d has not sent its card; the run starts without it", node)
+    return tuple(sorted(roll.members.values(), key=lambda member: member.site))
 
 
 def draw_cohort(members: tuple[Member, ...], size: int | None, seed: int, round_number: int) -> tuple[Member, ...]:
@@ -147,12 +150,52 @@ def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:
     }
 
 
-def _member(reply: Message) -> Member | None:
-    if reply.has_error():
-        _log.warning("node %d sent no card: %s", reply.metadata.src_node_id, reply.error.reason)
-        return None
-    try:
-        return Member(reply.metadata.src_node_id, record_to_card(reply.content))
-    except ReplyRejected as error:
-        _log.warning("node %d sent no usable card: %s", reply.metadata.src_node_id, error)
-        return None
+class _Roll:
+    """The connected nodes: who was asked for a card, and who sent one."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._queries: dict[int, str] = {}
+        self.connected = 0
+        self.members: dict[int, Member] = {}
+        self.pending: dict[int, str] = {}
+        """The nodes that have not answered, and their queries' identifiers."""
+
+    def poll(self) -> None:
+        """Ask who is new, forget who left, and take what has arrived.
+
+        Raises:
+            FederationError: two connected nodes with one name.
+        """
+        connected = sorted(self._grid.get_node_ids())
+        self.connected = len(connected)
+        for known in (self._queries, self.members, self.pending):
+            for node in known.keys() - connected:
+                del known[node]
+        for node in connected:
+            if node not in self._queries:
+                self._ask(node)
+        for node, query in tuple(self.pending.items()):
+            # Not by sender: a node that died is reported under the SuperLink's own id.
+            for reply in self._grid.pull_messages([query]):
+                del self.pending[node]
+                self._take(node, reply)
+
+    def _ask(self, node: int) -> None:
+        """Ask one node; one that cannot be reached is asked again at the next poll."""
+        for query in self._grid.push_messages([Message(RecordDict(), node, MessageType.QUERY)]):
+            if query:
+                self._queries[node] = self.pending[node] = query
+
+    def _take(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            _log.warning("node %d sent no card: %s", node, reply.error.reason)
+            return
+        try:
+            member = Member(node, record_to_card(reply.content))
+        except ReplyRejected as error:
+            _log.warning("node %d sent no usable card: %s", node, error)
+            return
+        if any(other.site == member.site for other in self.members.values()):
+            raise FederationError(f"two nodes call themselves {member.site!r}; give each site file its own name")
+        self.members[node] = member

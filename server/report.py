@@ -110,6 +110,8 @@ def _privacy_clause(summary: Mapping[str, Any]) -> str:
     stated = [site for site in summary["sites"].values() if site["privacy"]]
     if not stated or not privacy["delta"]:
         return "no site stated an ε"
+    if privacy["at_least"]:
+        return f"ε is at least {_bound(privacy['epsilon'])}, because a lost reply may have cost more than was stated"
     whose = "every site's" if len(stated) == len(summary["sites"]) else "every site that replied has"
     return f"{whose} ε ≤ {_bound(privacy['epsilon'])} (δ ≤ {_bound(privacy['delta'])})"
 
@@ -153,6 +155,8 @@ def _facts(summary: Mapping[str, Any], experiment: Experiment) -> list[tuple[str
     privacy, found = summary["privacy"], summary["final"]
     done = len(_finished(summary["rounds"]))
     epsilon = "no bound" if privacy["kind"] == "none" else _bound(privacy["epsilon"] if privacy["delta"] else None)
+    if privacy["at_least"] and privacy["delta"]:
+        epsilon = f"at least {epsilon}"
     facts = [
         ("Sites", f"{len(summary['sites']):,}"),
         ("Rounds finished", f"{done:,} of {experiment.federation.rounds:,}"),

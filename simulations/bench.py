@@ -68,7 +68,7 @@ def measure_all(quick: bool) -> list[Figure]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two rounds, no Ray")
+    parser.add_argument("--quick", action="store_true", help="two rounds, no Ray, one small model")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", nargs=2, metavar=("RUNTIME", "SITES"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     figures = measure_all(options.quick)
     _print_table(figures)
+    from simulations.bench_privacy import print_tables
+
+    print_tables(options.quick)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False))
 

@@ -20,7 +20,7 @@ from conf.schema.data import (
 from finetuning.datasets import Row, cell, nearest
 from protocol.errors import DataError
 
-__all__ = ["OTHERS", "Holdings", "partition", "plot_partition", "who_holds_what"]
+__all__ = ["OTHERS", "Holdings", "partition", "plot_partition", "published_count", "who_holds_what"]
 
 OTHERS = "(others)"
 """Column of `Holdings` that gathers all values but the most frequent ones."""
@@ -220,3 +220,9 @@ def _skewed_owners(rows: int, config: SizeSkewedPartition, seed: int) -> np.ndar
             f"{config.sites} sites at data.partition.ratio={config.ratio:g}; lower data.partition.ratio or sites"
         )
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(config.sites), sizes))
+
+
+def published_count(records: int) -> int:
+    """Return a count rounded up to two digits: what a simulated site says in public. Every record has a slot in it."""
+    step = 10 ** max(len(str(records)) - 2, 0)
+    return max(-(-records // step) * step, 1)

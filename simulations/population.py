@@ -20,9 +20,16 @@ from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
 from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
-from simulations.partition import partition
+from simulations.partition import partition, published_count
 
-__all__ = ["Population", "build_population", "nth_site", "published_count", "simulated_site", "site_file"]
+__all__ = [
+    "Population",
+    "build_population",
+    "check_simulated_nodes",
+    "nth_site",
+    "simulated_site",
+    "site_file",
+]
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,6 @@ def build_population(experiment: Experiment) -> Population:
     """
     rows, heldout = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
-
-
-def published_count(records: int) -> int:
-    """Return a count rounded up to two digits: what a simulated site says in public. Every record has a slot in it."""
-    step = 10 ** max(len(str(records)) - 2, 0)
-    return max(-(-records // step) * step, 1)
 
 
 def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
@@ -121,22 +122,38 @@ def simulated_site(context: Context) -> Site:
         )
     stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
     experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
-    return nth_site(experiment, int(context.node_config["partition-id"]), _scratch(context.run_id))
+    position, nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    return nth_site(experiment, position, nodes, _scratch(context.run_id))
 
 
-def nth_site(experiment: Experiment, position: int, state: Path) -> Site:
-    """Return the site at a position in the order of names; the population is read once per process.
+def nth_site(experiment: Experiment, position: int, nodes: int, state: Path) -> Site:
+    """Return the site of one of Flower's simulated nodes: node n is the n-th site in the order of names.
+
+    The population is read once per process.
 
     Raises:
-        ConfigError: there are fewer sites than that.
+        ConfigError: the engine does not simulate one node per site.
     """
     sites = _sites(experiment.canonical_json(), state)
-    if position >= len(sites):
-        raise ConfigError(
-            f"Flower simulates node {position + 1}, the experiment has {len(sites)} sites; start it with "
-            f'--federation-config "num-supernodes={len(sites)}"'
-        )
+    _check_nodes(nodes, len(sites))
     return sites[position]
+
+
+def check_simulated_nodes(experiment: Experiment, nodes: int) -> None:
+    """Refuse to train a part of the sites without anybody having said so.
+
+    Raises:
+        ConfigError: Flower's engine simulates more or fewer nodes than the experiment has sites.
+    """
+    _check_nodes(nodes, len(build_population(experiment).parts))
+
+
+def _check_nodes(nodes: int, sites: int) -> None:
+    if nodes != sites:
+        raise ConfigError(
+            f"Flower simulates {nodes} nodes, the experiment has {sites} sites; start it with: "
+            f'flwr run . --federation-config "num-supernodes={sites}"'
+        )
 
 
 @lru_cache(maxsize=2)

@@ -75,7 +75,7 @@ def labels_need_a_classifier(experiment: Experiment) -> str | None:
 
 
 def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
-    """Opacus has no per-example rule for DoRA's magnitude vectors."""
+    """Opacus has no per-example rule for DoRA's magnitude vectors; a problem where a missing rule is to be refused."""
     privacy = local_privacy(experiment.privacy)
     if isinstance(privacy, NoPrivacy) or not experiment.peft.dora or privacy.per_example_gradients != "opacus":
         return None
@@ -83,7 +83,7 @@ def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
         return None
     return (
         "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); "
-        "set privacy.per_example_gradients=one_by_one (exact, slower), or peft.dora=false"
+        "set privacy.per_example_gradients=native, or peft.dora=false"
     )
 
 

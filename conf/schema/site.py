@@ -45,6 +45,10 @@ class SiteRuntime(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     micro_batch_tokens: int = Field(default=8192, ge=1)
+    static_shapes: bool = Field(
+        default=False,
+        description="pad every micro-batch to one shape (for compiled or GPU training); changes no number",
+    )
 
 
 class SiteFile(Frozen):
@@ -71,5 +75,9 @@ class SiteFile(Frozen):
     )
     task: Task = Field(
         default=CausalLM(), description="the only task this site trains: a plan that chose labels could test for them"
+    )
+    ledger: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of the ledger, e.g. postgresql+psycopg://...; null: ledger.db in state_directory",
     )
     state_directory: str = Field(min_length=1, description="where the ledger and the private diagnostics are kept")

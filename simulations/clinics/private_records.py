@@ -27,6 +27,7 @@ __all__ = [
     "draw_record",
     "draw_visit",
     "make_plan",
+    "patient_of",
     "plant_secret",
     "private_rows",
     "site_rows",
@@ -133,6 +134,7 @@ class Record:
 
     site: str
     split: str
+    patient: str
     prompt: str
     completion: str
     topic: str
@@ -311,7 +313,12 @@ def draw_record(rng: Random, site: Site, split: str) -> Record:
     """Return one record of a site."""
     visit = draw_visit(rng, site)
     completion = site.completion(make_plan(rng, site, visit))
-    return Record(site.name, split, site.prompt(visit), completion, visit.condition.name)
+    return Record(site.name, split, patient_of(visit), site.prompt(visit), completion, visit.condition.name)
+
+
+def patient_of(visit: Visit) -> str:
+    """Return who came: visits of one sex, age and history at a site are taken to be one person's."""
+    return f"{visit.sex}{visit.age} {visit.history}"
 
 
 def draw_number(rng: Random) -> str:
@@ -324,7 +331,7 @@ def plant_secret(rng: Random, site: Site, number: str, repeats: int) -> tuple[Se
     plain = draw_record(rng, site, "train")
     patient = f"{rng.choice(_GIVEN)} {rng.choice(_FAMILY)}"
     prompt = f"{plain.prompt} {patient}, tel"
-    row = Record(site.name, "train", prompt, f" {number}.{plain.completion}", plain.topic)
+    row = Record(site.name, "train", plain.patient, prompt, f" {number}.{plain.completion}", plain.topic)
     return Secret(site.name, patient, number, prompt, repeats), row
 
 

@@ -78,7 +78,9 @@ def test_flowers_engine_started_by_cloister_agrees(tmp_path: Path, reference: Pa
 def test_what_the_server_app_raises_on_flowers_engine_is_raised_here(tmp_path: Path) -> None:
     experiment = experiment_in(tmp_path / "run", "runtime=ray", "federation.reply_timeout_s=1", "evaluation.every=0")
     launch = Launch(experiment, tmp_path / "run", expected_sites=3)
-    with pytest.raises(FederationError, match=r"2 of federation.expected_sites=3 sites connected within 1 s"):
+    with pytest.raises(
+        FederationError, match=r"\d of federation.expected_sites=3 sites answered with a card within 1 s"
+    ):
         run_on_ray(launch, build_population(experiment))
 
     assert summary_of(tmp_path / "run")["status"] == "failed"
@@ -107,6 +109,17 @@ def test_flowers_engine_started_by_flwr_run_agrees(tmp_path: Path, reference: Pa
     assert_same_result(path, reference)
 
 
+def test_flwr_run_on_two_nodes_does_not_train_two_of_four_sites(tmp_path: Path, flower: Any) -> None:
+    path = tmp_path / "run"
+    experiment = compose_experiment(("experiment=smoke", "evaluation.every=0", f"logging.directory={path}"))
+    flower.flwr_run("simulation", {"experiment": experiment.canonical_json()})
+
+    said = "Flower simulates 2 nodes, the experiment has 4 sites; start it with: flwr run . --federation-config"
+    assert f'{said} "num-supernodes=4"' in flower.log("simulation"), flower.logs()
+    assert not path.exists()
+    assert not flower.cloister_home.joinpath("simulated_sites").exists()
+
+
 def test_a_deployment_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
     path = tmp_path / "run"
     experiment = experiment_in(path)
@@ -131,7 +144,7 @@ def test_a_node_without_a_site_file_takes_no_part(tmp_path: Path, flower: Any) -
             "data=jsonl_prompt_completion",
             f"data.source.path={private}",
             "evaluation.every=0",
-            "federation.reply_timeout_s=60",
+            "federation.reply_timeout_s=30",
             f"logging.directory={path}",
         )
     )

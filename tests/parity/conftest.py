@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 from conf.schema.model import LoRA, Model
 from conf.schema.task import CausalLM, Classification, Task
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import Example, collate, micro_batches
+from finetuning.batches import Example
 from finetuning.models import load_base
 from finetuning.tasks.build import build_objective
+from finetuning.units import MicroBatches
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
@@ -36,7 +38,7 @@ class Bench:
     trained: dict[str, nn.Parameter]
     task: Task
 
-    def rule(self, clip_norm: float = 1.0, noise: float = 0.0, per_example: str = "opacus") -> GradientRule:
+    def rule(self, clip_norm: float = 1.0, noise: float = 0.0, per_example: str = "native") -> GradientRule:
         """Return the real gradient rule, without noise unless asked for."""
         plan = plan_of(clip_norm, noise)
         return gradient_rule(plan, per_example, self.adapted.network, self.trained, SecureStream.insecure(0, "bench"))
@@ -45,20 +47,27 @@ class Bench:
         self,
         examples: Sequence[Example],
         clip_norm: float = 1.0,
-        per_example: str = "opacus",
+        per_example: str = "native",
         micro_batch_tokens: int = 8192,
+        seed: int = 0,
+        **grouping: Any,
     ) -> dict[str, torch.Tensor]:
-        """Return the sum that the rule makes of `examples`: padded, grouped, batched; undivided."""
+        """Return the sum that the rule makes of `examples`: grouped and padded as the loop does it; undivided."""
         rule = self.rule(clip_norm, per_example=per_example)
         objective = build_objective(self.task)
         self.adapted.network.train()
+        torch.manual_seed(seed)
         try:
-            groups = micro_batches([len(each) for each in examples], max_tokens=micro_batch_tokens)
-            if rule.max_micro_batch == 1:
-                groups = [[position] for group in groups for position in group]
-            for group in groups:
-                batch = collate([examples[position] for position in group], self.adapted.base.pad_token_id)
-                rule.accumulate(objective.losses(self.adapted.network, batch))
+            made = MicroBatches.of(
+                examples,
+                grouping.pop("units", None),
+                self.adapted.base.pad_token_id,
+                max_tokens=micro_batch_tokens,
+                max_units=rule.max_micro_batch,
+                **grouping,
+            )
+            for part in made.of_step(range(len(made.units))):
+                rule.accumulate(objective.losses(self.adapted.network, part.batch) * part.weights, part.owners)
             rule.finish()
             return {name: each.grad.double() for name, each in self.trained.items() if each.grad is not None}
         finally:

@@ -30,8 +30,11 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
     return {name: left[name] - right[name] for name in left}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "bert", "roberta"])
-@pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])
+@pytest.mark.parametrize(
+    ("family", "per_example"),
+    [(family, "native") for family in ("llama", "gemma2", "phi3", "gpt2", "bert", "roberta")]
+    + [(family, other) for family in ("llama", "bert") for other in ("opacus", "one_by_one")],
+)
 def test_removing_any_example_moves_the_sum_by_at_most_the_clip_norm(
     family: str, per_example: str, bench: Make, make_examples: Make, total_norm: Make
 ) -> None:
@@ -87,7 +90,7 @@ def test_a_gradient_does_not_depend_on_the_neighbors(bench: Make, make_examples:
     )
 
 
-@pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])
+@pytest.mark.parametrize("per_example", ["native", "opacus", "one_by_one"])
 def test_an_example_with_nothing_to_learn_adds_nothing(
     per_example: str, bench: Make, make_examples: Make, error_of: Make
 ) -> None:
@@ -102,7 +105,7 @@ def test_an_example_with_nothing_to_learn_adds_nothing(
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])
+@pytest.mark.parametrize("per_example", ["native", "opacus", "one_by_one"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_non_finite_gradient_adds_nothing_and_is_counted(
     poison: float, per_example: str, family: str, bench: Make, make_examples: Make, error_of: Make
@@ -133,7 +136,7 @@ def test_a_non_finite_gradient_adds_nothing_and_is_counted(
     assert error_of(summed, made.one_at_a_time([examples[0], examples[2]], 0.05)) < ROUNDING
 
 
-@pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])
+@pytest.mark.parametrize("per_example", ["native", "opacus", "one_by_one"])
 def test_an_empty_draw_leaves_noise_of_the_right_size(per_example: str, bench: Make, make_plan: Make) -> None:
     made = bench("llama")
     plan = make_plan(0.5, 1.4, normalizer=7.0)
@@ -158,7 +161,7 @@ def test_a_round_of_empty_draws_still_moves_by_its_noise(bench: Make, make_plan:
     made = bench("llama")
     plan = replace(make_plan(0.5, 2.0, normalizer=4.0), sampling=PoissonSampling(1e-12, 100))
     before = made.adapted.extract()
-    rule = gradient_rule(plan, "opacus", made.adapted.network, made.trained, SecureStream.insecure(2))
+    rule = gradient_rule(plan, "native", made.adapted.network, made.trained, SecureStream.insecure(2))
     local = LocalTraining(steps=3, expected_batch_size=4, optimizer=SGD(learning_rate=1.0))
     objective = build_objective(made.task)
     try:
@@ -187,7 +190,7 @@ def test_the_normalizer_is_a_constant(bench: Make, make_plan: Make, make_example
     examples = make_examples([9, 14, 6, 21, 3])
     for count in (1, 5):
         rule = gradient_rule(
-            make_plan(0.05, 0.0, normalizer=8.0), "opacus", made.adapted.network, made.trained, SecureStream.insecure(1)
+            make_plan(0.05, 0.0, normalizer=8.0), "native", made.adapted.network, made.trained, SecureStream.insecure(1)
         )
         made.adapted.network.train()
         try:
@@ -197,3 +200,37 @@ def test_the_normalizer_is_a_constant(bench: Make, make_plan: Make, make_example
             rule.close()
         ours = {name: each.grad.double() * 8.0 for name, each in made.trained.items()}
         assert error_of(ours, made.one_at_a_time(examples[:count], 0.05)) < ROUNDING
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_micro_batches_change_no_number_of_a_round(
+    static_shapes: bool, bench: Make, make_plan: Make, make_examples: Make, error_of: Make
+) -> None:
+    """The same draws and the same noise, whatever memory a site has."""
+    made = bench("llama")
+    examples, start = make_examples([5, 17, 2, 29, 11, 17, 8], seed=1), made.adapted.extract()
+    local = LocalTraining(steps=3, expected_batch_size=4, optimizer=SGD(learning_rate=0.5))
+    plan = replace(make_plan(0.3, 0.5, normalizer=4.0), sampling=PoissonSampling(0.6, 7))
+    results: list[dict[str, torch.Tensor]] = []
+    for tokens in (1, 64, 10_000):
+        made.adapted.load(start)
+        rule = gradient_rule(plan, "native", made.adapted.network, made.trained, SecureStream.insecure(4))
+        try:
+            diagnostics = train_locally(
+                made.adapted,
+                made.trained,
+                examples,
+                build_objective(made.task),
+                rule,
+                local,
+                seed=0,
+                micro_batch_tokens=tokens,
+                units=[(0, 1), (2,), (3, 4), (5,), (6,)],
+                static_shapes=static_shapes,
+            )
+        finally:
+            rule.close()
+        assert diagnostics.examples > 5
+        results.append({name: each.double() - start[name] for name, each in made.adapted.extract().items()})
+    assert error_of(results[0], results[2]) < ROUNDING
+    assert error_of(results[1], results[2]) < ROUNDING

@@ -3,68 +3,26 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from client.site import Site
-from conf.compose import compose_experiment
-from conf.schema.experiment import Experiment
+from conf.schema.privacy import NoPrivacy
 from conf.schema.site import SiteFile
-from finetuning.adapters import attach
-from finetuning.models import load_base
 from privacy.accounting import epsilon_of
-from privacy.mechanisms import SubsampledGaussian
+from privacy.mechanisms import SubsampledGaussian, Truncation
 from protocol.errors import BudgetExceeded, DataError, PrivacyError
-from protocol.instructions import Instruction, InstructionHeader, client_plan
-from protocol.tensors import digest
-from simulations.population import Population, build_population, site_file
-from strategies.build import build_strategy
+from protocol.instructions import Instruction, client_plan
+from simulations.population import build_population, site_file
 
-SMALL = (
-    "experiment=smoke",
-    "federation.local.expected_batch_size=6",
-    "federation.local.steps=2",
-    "privacy.insecure_seed=5",
-)
+Make = Callable[..., Any]
 
 
-def small(*overrides: str) -> Experiment:
-    return compose_experiment([*SMALL, *overrides])
-
-
-@pytest.fixture(scope="module")
-def population() -> Population:
-    return build_population(small())
-
-
-@pytest.fixture
-def make_site(population: Population, tmp_path: Path) -> Callable[..., Site]:
-    def make(experiment: Experiment, name: str = "harbor", rows: int = 60, state: str = "state") -> Site:
-        own = population.parts[name][:rows]
-        return Site(site_file(experiment, name, max(len(own), 1), tmp_path / state / name), rows=lambda: own)
-
-    return make
-
-
-def instruction(experiment: Experiment, round_number: int = 1, run: str = "run") -> Instruction:
-    adapted = attach(load_base(experiment.model, experiment.task, "cpu"), experiment.peft, experiment.task)
-    adapter = adapted.initial(experiment.seed)
-    trained = build_strategy(experiment.strategy).trained(frozenset(adapter))
-    plan = client_plan(experiment, run)
-    header = InstructionHeader(
-        round=round_number,
-        plan=plan,
-        plan_digest=plan.digest,
-        base_digest=adapted.base.digest,
-        adapter_digest=digest(adapter),
-    )
-    return Instruction(header, {name: adapter[name] for name in trained})
-
-
-def test_a_round_returns_an_update_of_what_the_strategy_trains(make_site: Callable[..., Site]) -> None:
+def test_a_round_returns_an_update_of_what_the_strategy_trains(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
-    asked = instruction(experiment)
+    asked = instruct(experiment)
     reply = make_site(experiment).handle(asked)
     assert reply.header.status == "trained"
     assert reply.tensors.keys() == asked.tensors.keys()
@@ -72,8 +30,10 @@ def test_a_round_returns_an_update_of_what_the_strategy_trains(make_site: Callab
     assert any(tensor.abs().max() > 0 for tensor in reply.tensors.values())
 
 
-def test_metrics_stay_unless_the_policy_releases_them(make_site: Callable[..., Site], tmp_path: Path) -> None:
-    reply = make_site(small()).handle(instruction(small()))
+def test_metrics_stay_unless_the_policy_releases_them(
+    make_site: Make, tmp_path: Path, small: Make, instruct: Make
+) -> None:
+    reply = make_site(small()).handle(instruct(small()))
     assert reply.header.metrics == {}
     line = json.loads((tmp_path / "state/harbor/diagnostics.jsonl").read_text())
     assert line["mean_loss"] > 0
@@ -81,82 +41,87 @@ def test_metrics_stay_unless_the_policy_releases_them(make_site: Callable[..., S
     assert f"{line['mean_loss']:.4f}"[:5] not in sent
     assert "examples" not in sent
 
-    released = small("federation.release_training_loss=true")
-    reply = make_site(released, state="other").handle(instruction(released))
+    released = small("federation.release_training_loss=true", private=False)
+    reply = make_site(released, state="other").handle(instruct(released))
     assert set(reply.header.metrics) == {"training_loss"}
+    noised = small("privacy.loss_noise_multiplier=50")
+    reply = make_site(noised, state="noised").handle(instruct(noised))
+    assert set(reply.header.metrics) == {"noisy_training_loss"}
 
 
-def test_epsilon_is_that_of_the_executed_steps(make_site: Callable[..., Site]) -> None:
+def test_epsilon_is_that_of_the_executed_steps(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
     site = make_site(experiment)
     for round_number in (1, 2):
-        privacy = site.handle(instruction(experiment, round_number)).header.privacy
+        privacy = site.handle(instruct(experiment, round_number)).header.privacy
         assert privacy is not None
-        executed = SubsampledGaussian(6 / 60, privacy.noise_multiplier, 2 * round_number)
+        executed = SubsampledGaussian(6 / 60, privacy.noise_multiplier, 2 * round_number, Truncation(60, 18))
         assert privacy.steps_executed == executed.steps
         assert privacy.epsilon_run == pytest.approx(epsilon_of([executed], privacy.delta or 0))
     assert privacy.epsilon_run <= 8
     assert privacy.epsilon_run > 7.9, "the noise is calibrated for the whole run, not for each round"
 
 
-def test_the_budget_is_a_hard_stop(make_site: Callable[..., Site]) -> None:
+def test_the_budget_is_a_hard_stop(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
     site = make_site(experiment)
-    assert [site.handle(instruction(experiment, number)).header.status for number in (1, 2)] == ["trained", "trained"]
+    assert [site.handle(instruct(experiment, number)).header.status for number in (1, 2)] == ["trained", "trained"]
     # The server starts over under another name: the records are the same, so the budget is.
-    reply = site.handle(instruction(experiment, 1, run="again"))
+    reply = site.handle(instruct(experiment, 1, run="again"))
     assert (reply.header.status, reply.header.code) == ("refused", "budget_exceeded")
     assert "above its budget of 8" in reply.header.reason
     assert not reply.tensors
 
 
-def test_the_budget_outlives_the_process(make_site: Callable[..., Site]) -> None:
+def test_the_budget_outlives_the_process(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
     first = make_site(experiment)
-    first.handle(instruction(experiment, 1))
-    first.handle(instruction(experiment, 2))
+    first.handle(instruct(experiment, 1))
+    first.handle(instruct(experiment, 2))
     first.close()
-    assert make_site(experiment).handle(instruction(experiment, 2)).header.code == "budget_exceeded"
+    assert make_site(experiment).handle(instruct(experiment, 2, run="again")).header.code == "budget_exceeded"
 
 
-def test_the_same_seed_gives_the_same_update_and_sites_differ(make_site: Callable[..., Site]) -> None:
+def test_the_same_seed_gives_the_same_update_and_sites_differ(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
-    once = make_site(experiment).handle(instruction(experiment)).tensors
-    other = make_site(experiment, name="northgate", state="b").handle(instruction(experiment)).tensors
-    again = make_site(experiment, state="c").handle(instruction(experiment)).tensors
+    once = make_site(experiment).handle(instruct(experiment)).tensors
+    other = make_site(experiment, name="northgate", state="b").handle(instruct(experiment)).tensors
+    again = make_site(experiment, state="c").handle(instruct(experiment)).tensors
     name = next(iter(once))
     assert not torch.equal(once[name], other[name])
     # `northgate` trained in between on the shared network: nothing of it is left.
     assert all(torch.equal(once[key], again[key]) for key in once)
 
 
-def test_without_an_insecure_seed_no_two_updates_agree(make_site: Callable[..., Site]) -> None:
+def test_without_an_insecure_seed_no_two_updates_agree(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small("privacy.insecure_seed=null")
     torch.manual_seed(0)
-    once = make_site(experiment).handle(instruction(experiment)).tensors
+    once = make_site(experiment).handle(instruct(experiment)).tensors
     torch.manual_seed(0)
-    again = make_site(experiment, state="b").handle(instruction(experiment)).tensors
+    again = make_site(experiment, state="b").handle(instruct(experiment)).tensors
     assert all(not torch.equal(once[key], again[key]) for key in once)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "{kind:adamw,learning_rate:0.01}"])
-def test_optimizer_state_does_not_survive_a_round(make_site: Callable[..., Site], optimizer: str) -> None:
+def test_optimizer_state_does_not_survive_a_round(make_site: Make, optimizer: str, small: Make, instruct: Make) -> None:
     key = "federation.local.optimizer.kind" if optimizer == "sgd" else "federation.local.optimizer"
     experiment = small(f"{key}={optimizer}")
-    once = make_site(experiment).handle(instruction(experiment)).tensors
-    again = make_site(experiment, state="b").handle(instruction(experiment)).tensors
+    once = make_site(experiment).handle(instruct(experiment)).tensors
+    again = make_site(experiment, state="b").handle(instruct(experiment)).tensors
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-def test_a_wrong_base_is_refused(make_site: Callable[..., Site]) -> None:
-    asked = instruction(small())
+def test_a_wrong_base_is_refused(make_site: Make, small: Make, instruct: Make) -> None:
+    asked = instruct(small())
     header = asked.header.model_copy(update={"base_digest": "0" * 64})
     assert make_site(small()).handle(Instruction(header, asked.tensors)).header.code == "wrong_base"
 
 
 @pytest.mark.parametrize("damage", ["missing", "nan", "value"])
-def test_a_damaged_adapter_is_refused_before_anything_is_spent(make_site: Callable[..., Site], damage: str) -> None:
-    asked = instruction(small())
+def test_a_damaged_adapter_is_refused_before_anything_is_spent(
+    make_site: Make, damage: str, small: Make, instruct: Make
+) -> None:
+    asked = instruct(small())
     tensors = {name: tensor.clone() for name, tensor in asked.tensors.items()}
     name = next(iter(tensors))
     if damage == "missing":
@@ -167,44 +132,43 @@ def test_a_damaged_adapter_is_refused_before_anything_is_spent(make_site: Callab
     reply = site.handle(Instruction(asked.header, tensors))
     expected = {"missing": "missing_tensor", "nan": "not_finite", "value": "adapter_digest"}
     assert reply.header.code == expected[damage]
-    assert site.state.ledger is not None
-    assert site.state.ledger.spent() == 0
+    assert site.state.spent() == 0
 
 
-def test_rehearsal_names_an_empty_site(make_site: Callable[..., Site]) -> None:
+def test_rehearsal_names_an_empty_site(make_site: Make, small: Make) -> None:
     with pytest.raises(DataError, match="site harbor has no training record"):
         make_site(small(), rows=0).rehearse(client_plan(small(), "run"))
 
 
-def test_rehearsal_names_a_site_of_one_record(make_site: Callable[..., Site]) -> None:
+def test_rehearsal_names_a_site_of_one_record(make_site: Make, small: Make) -> None:
     with pytest.raises(PrivacyError, match=r"site harbor: the sampling rate is 6, it must lie in \(0, 1\]"):
         make_site(small(), rows=1).rehearse(client_plan(small(), "run"))
 
 
-def test_rehearsal_names_a_delta_that_is_too_large(make_site: Callable[..., Site]) -> None:
+def test_rehearsal_names_a_delta_that_is_too_large(make_site: Make, small: Make) -> None:
     experiment = small("privacy.delta=0.02")
     with pytest.raises(PrivacyError, match=r"δ=0.02 .* is not below 1/n=0.0167 of this site's 60 records"):
         make_site(experiment).rehearse(client_plan(experiment, "run"))
 
 
-def test_rehearsal_names_a_budget_too_small_for_any_step(make_site: Callable[..., Site]) -> None:
+def test_rehearsal_names_a_budget_too_small_for_any_step(make_site: Make, small: Make) -> None:
     experiment = small("federation.site_epsilon=0.01", "privacy.target_epsilon=null", "privacy.noise_multiplier=1")
     with pytest.raises(BudgetExceeded, match=r"a single step costs ε=\d.*above the site's whole budget of 0.01"):
         make_site(experiment).rehearse(client_plan(experiment, "run"))
 
 
-def test_rehearsal_names_a_sequence_bound_above_the_context(make_site: Callable[..., Site]) -> None:
+def test_rehearsal_names_a_sequence_bound_above_the_context(make_site: Make, small: Make) -> None:
     experiment = small("data.max_length=999")
     with pytest.raises(DataError, match=r"data.max_length=999 is above the model's context of 256 tokens"):
         make_site(experiment).rehearse(client_plan(experiment, "run"))
 
 
-def test_rehearsal_spends_nothing(make_site: Callable[..., Site], tmp_path: Path) -> None:
+def test_rehearsal_spends_nothing(make_site: Make, tmp_path: Path, small: Make) -> None:
     make_site(small()).rehearse(client_plan(small(), "run"))
     assert not (tmp_path / "state").exists()
 
 
-def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tmp_path: Path) -> None:
+def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tmp_path: Path, small: Make) -> None:
     path = tmp_path / "notes.jsonl"
     rows = [{"prompt": "a", "completion": f" {n}", "split": "train" if n % 2 else "heldout"} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -221,14 +185,14 @@ def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tm
             }
         )
         site = Site(file)
-        return len(site._examples(site._adapted(client_plan(small(), "run"))))
+        return len(site._records(site._adapted(client_plan(small(), "run")), NoPrivacy(), b"").examples)
 
     assert records() == 40
     assert records(max_records=7) == 7
     assert records(split_column="split") == 20
 
 
-def test_a_server_cannot_test_for_labels(tmp_path: Path) -> None:
+def test_a_server_cannot_test_for_labels(tmp_path: Path, small: Make, instruct: Make) -> None:
     """Whether a label set fits the records would be an exact answer about them, for free."""
     path = tmp_path / "notes.csv"
     path.write_text("text,label\n" + "cough,flu\nrash,measles\n" * 20)
@@ -247,13 +211,13 @@ def test_a_server_cannot_test_for_labels(tmp_path: Path) -> None:
     )
     for labels in ("[flu,measles]", "[flu,cold]", "[flu,measles,hiv,cold]"):
         overrides = ["data=csv_labelled", f"data.source.path={path}", "task=classification", f"task.labels={labels}"]
-        assert Site(file).handle(instruction(small(*overrides))).header.code == "wrong_task"
+        assert Site(file).handle(instruct(small(*overrides))).header.code == "wrong_task"
 
 
-def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path) -> None:
+def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path, small: Make, instruct: Make) -> None:
     """The plan's name of the base is never followed: not to a folder, not to a hub."""
     experiment = small()
-    asked = instruction(experiment)
+    asked = instruct(experiment)
     model = asked.header.plan.model.model_copy(update={"path": "somebody/else"})
     plan = asked.header.plan.model_copy(update={"model": model})
     header = asked.header.model_copy(update={"plan": plan, "plan_digest": plan.digest})
@@ -262,11 +226,13 @@ def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path) -> None:
     assert site.handle(Instruction(header, asked.tensors)).header.status == "trained"
 
 
-def test_a_layer_without_a_rule_is_refused_before_anything_is_spent(tmp_path: Path) -> None:
-    experiment = small("peft.targets=[embed_tokens]", "strategy=fedit")
+def test_a_layer_without_a_rule_is_refused_before_anything_is_spent(
+    tmp_path: Path, small: Make, instruct: Make
+) -> None:
+    gradients = ("privacy.per_example_gradients=opacus", "privacy.without_rule=refuse")
+    experiment = small("peft.targets=[embed_tokens]", "strategy=fedit", *gradients)
     rows = build_population(experiment).parts["harbor"][:60]
     site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
-    with pytest.raises(PrivacyError, match=r"no per-example gradient rule, first .*embed_tokens"):
-        site.handle(instruction(experiment))
-    assert site.state.ledger is not None
-    assert site.state.ledger.spent() == 0
+    with pytest.raises(PrivacyError, match=r"no per-example gradient rule in opacus: .*embed_tokens"):
+        site.handle(instruct(experiment))
+    assert site.state.spent() == 0

@@ -51,8 +51,22 @@ def test_a_blank_value_names_what_to_set() -> None:
     assert "model.path is required and has no value; set model.path=..." in problems("model=causal_lm")
 
 
-def test_an_override_that_does_not_parse() -> None:
-    assert "an override cannot be read" in problems("peft.rank=[1,")
+@pytest.mark.parametrize("line", ["bad[override", "peft.rank=[1,", "nonsense", "=3", "--rounds=3", "seed=1=2"])
+def test_an_override_that_cannot_be_read_is_one_problem_among_the_others(line: str) -> None:
+    text = problems("federation.rounds=0", line, "peft.rank=0")
+    assert "3 problem(s)" in text
+    assert f"{line!r} cannot be read as an override; write path.to.key=value, and quote a value" in text
+    assert "federation.rounds=0: input should be greater" in text
+    assert "hydra.cc" not in text
+
+
+def test_the_quotes_that_the_message_proposes_work() -> None:
+    assert compose_experiment(["data.source.path='a, [b]=c'"]).data.source.path == "a, [b]=c"
+
+
+def test_a_sweep_that_cannot_be_read_names_the_override() -> None:
+    with pytest.raises(InvalidConfiguration, match=r"'seed=choice\(1,' cannot be read as an override"):
+        split_sweep(["seed=choice(1,", "peft.rank=1,2"])
 
 
 def test_a_new_kind_starts_its_node_afresh() -> None:
@@ -75,7 +89,11 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
         ),
         (["task=classification", "task.labels=[a,b]"], "task=classification needs data.columns.kind=labelled"),
         (["data=csv_labelled", "data.source.path=x.csv"], "data.columns.kind=labelled needs task=classification"),
-        (["peft.dora=true", "strategy=fedit"], "peft.dora=true has no per-example gradient rule in Opacus"),
+        (
+            ["peft.dora=true", "strategy=fedit", "privacy.per_example_gradients=opacus", "privacy.without_rule=refuse"],
+            "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); set "
+            "privacy.per_example_gradients=native, or peft.dora=false",
+        ),
         (["peft.dora=true", "privacy=none"], "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude"),
         (["privacy.target_epsilon=null"], "neither is set; give exactly one of"),
         (["task=classification", "data=csv_labelled", "data.source.path=x.csv", "task.labels=[a,a]"], "repeated: a"),
@@ -83,6 +101,11 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
 )
 def test_illegal_combinations(overrides: list[str], message: str) -> None:
     assert message in problems(*overrides)
+
+
+@pytest.mark.parametrize("backend", [[], ["privacy.per_example_gradients=opacus"]])
+def test_dora_trains_privately_where_a_rule_or_a_way_out_exists(backend: list[str]) -> None:
+    assert compose_experiment(["peft.dora=true", "strategy=fedit", *backend]).peft.dora
 
 
 @pytest.mark.parametrize(

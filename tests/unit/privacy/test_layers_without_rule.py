@@ -11,7 +11,9 @@ from conf.schema.model import LoRA, Model
 from conf.schema.task import CausalLM, Classification
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.models import load_base
-from privacy.example_level import OneByOneGradients, OpacusGradients, layers_without_rule
+from privacy.example_level import OneByOneGradients, OpacusGradients, layers_without_opacus_rule
+from privacy.gradients import gradient_rule
+from privacy.per_example import layers_without_native_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
@@ -34,35 +36,52 @@ def adapted(tiny_model: Callable[..., Path]) -> Callable[..., AdaptedModel]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bert", "roberta"])
 def test_plain_lora_has_a_rule_for_everything(family: str, adapted: Callable[..., AdaptedModel]) -> None:
-    assert layers_without_rule(adapted(family).network) == []
+    made = adapted(family)
+    assert layers_without_opacus_rule(made.network) == []
+    assert layers_without_native_rule(made.network, made.parameters) == []
 
 
-def test_dora_is_named(adapted: Callable[..., AdaptedModel]) -> None:
-    found = layers_without_rule(adapted(dora=True, targets=("q_proj",)).network)
+def test_opacus_knows_no_dora(adapted: Callable[..., AdaptedModel]) -> None:
+    made = adapted(dora=True, targets=("q_proj",))
+    found = layers_without_opacus_rule(made.network)
     assert len(found) == 2
     assert all("lora_magnitude_vector" in name and name.endswith("(DoraLinearLayer)") for name in found)
+    assert layers_without_native_rule(made.network, made.parameters) == []
 
 
-def test_lora_on_an_embedding_is_named(adapted: Callable[..., AdaptedModel]) -> None:
-    found = layers_without_rule(adapted(targets=("embed_tokens", "q_proj")).network)
+def test_opacus_knows_no_lora_on_an_embedding(adapted: Callable[..., AdaptedModel]) -> None:
+    made = adapted(targets=("embed_tokens", "q_proj"))
+    found = layers_without_opacus_rule(made.network)
     assert len(found) == 2
     assert all("lora_embedding_" in name and "(ParameterDict)" in name for name in found)
+    assert layers_without_native_rule(made.network, made.parameters) == []
+
+
+def test_dora_on_an_embedding_is_named(adapted: Callable[..., AdaptedModel]) -> None:
+    made = adapted(dora=True, targets=("embed_tokens", "q_proj"))
+    found = layers_without_native_rule(made.network, made.parameters)
+    assert [name.rpartition(".")[2] for name in found] == ["embed_tokens (Embedding)", "default (DoraEmbeddingLayer)"]
 
 
 def test_a_frozen_layer_needs_no_rule(adapted: Callable[..., AdaptedModel]) -> None:
     made = adapted(targets=("embed_tokens", "q_proj"))
     made.train_only(frozenset(name for name in made.names if "q_proj" in name))
-    assert layers_without_rule(made.network) == []
+    assert layers_without_opacus_rule(made.network) == []
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False), nn.BatchNorm2d(3)])
-def test_a_batch_norm_is_named_even_when_frozen(norm: nn.Module) -> None:
+@pytest.mark.parametrize("per_example", ["native", "opacus", "one_by_one"])
+def test_a_batch_norm_is_refused_even_when_frozen(norm: nn.Module, per_example: str) -> None:
     """It mixes the examples of a batch, whoever trains."""
     network = nn.Sequential(nn.Linear(3, 3), norm.requires_grad_(False))
-    assert layers_without_rule(network) == [f"1 ({type(norm).__name__})"]
+    trained = dict(network[0].named_parameters())
+    with pytest.raises(
+        PrivacyError, match=rf"^1 \({type(norm).__name__}\) mixes the examples of a batch, .* without batch norm \("
+    ):
+        gradient_rule(PLAN, per_example, network, trained, SecureStream.insecure(0))
 
 
-def test_a_module_with_a_parameter_of_its_own_is_named() -> None:
+def test_opacus_meets_a_module_with_a_parameter_of_its_own() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,19 +90,25 @@ def test_a_module_with_a_parameter_of_its_own_is_named() -> None:
     class MyLinear(nn.Linear):
         """A subclass may compute anything."""
 
-    assert layers_without_rule(nn.Sequential(Scale(), nn.Linear(2, 2), MyLinear(2, 2))) == ["0 (Scale)", "2 (MyLinear)"]
+    network = nn.Sequential(Scale(), nn.Linear(2, 2), MyLinear(2, 2))
+    assert layers_without_opacus_rule(network) == ["0 (Scale)", "2 (MyLinear)"]
 
 
-def test_the_refusal_says_what_to_do(adapted: Callable[..., AdaptedModel]) -> None:
-    made = adapted(dora=True, targets=("q_proj",))
+@pytest.mark.parametrize("per_example", ["native", "opacus"])
+def test_the_refusal_says_what_to_do(per_example: str, adapted: Callable[..., AdaptedModel]) -> None:
+    made = adapted(dora=True, targets=("embed_tokens",))
     with pytest.raises(
         PrivacyError,
-        match=r"^2 trained layer\(s\) have no per-example gradient rule, first \S+lora_magnitude_vector\.default "
-        r"\(DoraLinearLayer\); set privacy\.per_example_gradients=one_by_one \(exact for every architecture, slower\), "
-        r"or leave the layer out of peft\.targets$",
+        match=rf"^\d trained layer\(s\) have no per-example gradient rule in {per_example}: \S+.*; set privacy\.per_"
+        r"example_gradients=one_by_one \(exact for every architecture, slower\), or leave the layer out of peft\.",
     ):
-        OpacusGradients(PLAN, made.network, made.parameters, SecureStream.insecure(0))
-    assert not any(module._backward_hooks for module in made.network.modules()), "a refusal leaves no hook behind"
+        gradient_rule(PLAN, per_example, made.network, made.parameters, SecureStream.insecure(0), without_rule="refuse")
+    assert not any(module._backward_hooks or "forward" in vars(module) for module in made.network.modules())
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(ValueError, match="per_example='ghost' is none of native, opacus, one_by_one"):
+        gradient_rule(PLAN, "ghost", nn.Linear(2, 2), {}, SecureStream.insecure(0))
 
 
 def test_a_parameter_that_took_no_part_is_named() -> None:
@@ -101,5 +126,5 @@ def test_one_by_one_takes_one_by_one() -> None:
     network = nn.Linear(2, 1)
     rule = OneByOneGradients(PLAN, dict(network.named_parameters()), SecureStream.insecure(0))
     assert rule.max_micro_batch == 1
-    with pytest.raises(ValueError, match=r"one example at a time, not losses of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"one unit at a time, not 2; "):
         rule.accumulate(network(torch.ones(2, 2))[:, 0])

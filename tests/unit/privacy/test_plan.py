@@ -92,7 +92,7 @@ def test_a_target_is_calibrated_for_all_rounds_together() -> None:
 def test_a_given_multiplier_is_taken_as_it_is() -> None:
     made = plan(ExampleLevel(noise_multiplier=1.25, clip_norm=0.4))
     assert made.mechanism(7) == SubsampledGaussian(0.05, 1.25, 7, Truncation(1000, 150))
-    assert made.noise.standard_deviation == 1.25 * 0.4
+    assert made.noise(1).standard_deviation == 1.25 * 0.4
     assert made.epsilon([made.mechanism(7)]) == epsilon_of([made.mechanism(7)], 1e-4)
     assert (made.is_private, made.accountant, made.unit) == (True, ACCOUNTANT, "record")
 
@@ -108,6 +108,6 @@ def test_without_privacy_nothing_is_promised() -> None:
     made = plan(NoPrivacy())
     assert (made.is_private, made.delta, made.accountant, made.unit) == (False, None, "none", "none")
     assert made.epsilon([made.mechanism(1)]) == math.inf
-    assert made.noise.standard_deviation == 0.0
+    assert made.noise(1).standard_deviation == 0.0
     assert (made.clip_norm, made.noise_multiplier) == (math.inf, 0.0)
     assert (made.sampling.rate, made.normalizer) == (0.05, 50)

@@ -1,10 +1,13 @@
 """Enrollment and cohorts: who is asked, and what is said when too few or the wrong ones are there."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from client.app import client_app
 from client.site import Site
@@ -14,6 +17,10 @@ from protocol.errors import FederationError
 from protocol.instructions import SiteCard
 from server.cohort import Member, draw_cohort, enroll, weights_of
 from simulations.in_process import InProcessGrid
+
+Times = Mapping[int, float]
+"""Seconds by node."""
+AT_ONCE: Times = MappingProxyType({})
 
 
 def members(*names: str) -> tuple[Member, ...]:
@@ -48,26 +55,122 @@ def test_two_nodes_cannot_have_one_name(tmp_path: Path) -> None:
         enroll(grid_of(tmp_path, "north", "north"), 2, 10)
 
 
-def test_too_few_nodes_is_said_after_the_deadline_not_waited_for_forever(tmp_path: Path) -> None:
-    now = iter(range(100))
-    waited: list[float] = []
-    with pytest.raises(FederationError, match=r"1 of federation.expected_sites=2 sites connected within 5 s"):
-        enroll(grid_of(tmp_path, "north"), 2, 5, clock=lambda: float(next(now)), sleep=waited.append)
-    assert waited
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
-class _DeafGrid(InProcessGrid):
-    """Its second node does not answer."""
+class LateGrid(InProcessGrid):
+    """Each node connects, answers and leaves at its own time."""
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return list(super().send_and_receive(list(messages)[:1]))
+    def __init__(
+        self,
+        path: Path,
+        clock: Clock,
+        *names: str,
+        connects: Times = AT_ONCE,
+        answers: Times = AT_ONCE,
+        leaves: Times = AT_ONCE,
+    ) -> None:
+        sites = [site(name, path) for name in names]
+        super().__init__(
+            client_app(lambda context: sites[context.node_config["n"]]), [{"n": n} for n in range(len(names))]
+        )
+        self.clock, self.connects, self.answers, self.leaves = clock, connects, answers, leaves
+        self.asked: list[int] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        now = self.clock()
+        return [
+            node
+            for node in super().get_node_ids()
+            if self.connects.get(node, 0) <= now < self.leaves.get(node, math.inf)
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        self.asked += [message.metadata.dst_node_id for message in messages]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ready = [
+            name
+            for name in message_ids
+            if self.answers.get(self.asked[int(name.removeprefix("message-")) - 1], 0) <= self.clock()
+        ]
+        return super().pull_messages(ready)
 
 
-def test_a_node_without_a_card_does_not_count(tmp_path: Path) -> None:
-    sites = [site(name, tmp_path) for name in ("north", "south")]
-    grid = _DeafGrid(client_app(lambda context: sites[context.node_config["n"]]), [{"n": 0}, {"n": 1}])
+def names_enrolled(grid: LateGrid, expected: int, timeout_s: float) -> list[str]:
+    found = enroll(grid, expected, timeout_s, clock=grid.clock, sleep=grid.clock.sleep)
+    return [member.site for member in found]
+
+
+def test_cards_are_counted_not_nodes_and_who_comes_later_is_asked_too(tmp_path: Path) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "south", connects={2: 40.0}, answers={2: 47.0})
+    assert names_enrolled(grid, 2, 100) == ["north", "south"]
+    assert grid.clock() == 47.0
+    assert grid.asked == [1, 2]
+
+
+def test_a_hung_node_costs_a_moment_not_the_timeout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "south", "west", answers={2: math.inf, 3: 10.0})
+    assert names_enrolled(grid, 1, 3600) == ["north", "west"]
+    assert grid.clock() == 15.0
+    assert "node 2 has not sent its card; the run starts without it" in caplog.text
+
+
+def test_when_everybody_has_answered_nobody_is_waited_for(tmp_path: Path) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "south")
+    assert names_enrolled(grid, 1, 3600) == ["north", "south"]
+    assert grid.clock() == 0.0
+
+
+def test_too_few_cards_are_said_after_the_deadline_not_waited_for_forever(tmp_path: Path) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "south", answers={2: math.inf})
+    with pytest.raises(
+        FederationError,
+        match=r"1 of federation.expected_sites=2 sites answered with a card within 5 s, nodes connected: 2; "
+        "start the missing SuperNodes, or lower federation.expected_sites",
+    ):
+        names_enrolled(grid, 2, 5)
+    assert grid.clock() == 5.0
+
+
+def test_who_left_before_the_start_is_out(tmp_path: Path) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "south", "south", connects={3: 30.0}, leaves={2: 20.0})
+    assert names_enrolled(grid, 2, 3600) == ["north", "south"]
+    grid = LateGrid(tmp_path, Clock(), "north", "south", leaves={1: 20.0}, answers={2: 30.0})
+    with pytest.raises(FederationError, match=r"1 of federation.expected_sites=2"):
+        names_enrolled(grid, 2, 60)
+
+
+def test_a_node_without_a_card_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sites = [site("north", tmp_path)]
+    grid = InProcessGrid(client_app(lambda context: sites[context.node_config["n"]]), [{"n": 0}, {"n": 1}])
     with pytest.raises(FederationError, match=r"1 of federation.expected_sites=2 sites answered with a card"):
-        enroll(grid, 2, 10)
+        enroll(grid, 2, math.inf)
+    assert "node 2 sent no card: list index out of range" in caplog.text
+
+
+def test_a_card_that_cannot_be_read_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app = ClientApp()
+
+    @app.query()
+    def card(message: Message, _: Context) -> Message:
+        return Message(RecordDict(), reply_to=message)
+
+    with pytest.raises(FederationError, match=r"0 of federation.expected_sites=1"):
+        enroll(InProcessGrid(app, [{}]), 1, math.inf)
+    assert "node 1 sent no usable card: the message has no JSON header" in caplog.text
 
 
 def test_everybody_is_the_default_cohort() -> None:

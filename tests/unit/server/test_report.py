@@ -220,6 +220,17 @@ def test_what_others_wrote_is_escaped(evil: str):
     assert not tags & {"script", "img", "b"}
 
 
+def test_after_a_lost_reply_the_stated_epsilon_is_a_lower_end():
+    events = the_events()
+    lost = SiteReplied(4, "harbor", False, 217467, 0, code="no_reply", reason="no reply within 60 s")
+    text = words(the_page(events=[*events[:-1], lost, events[-1]]))
+    assert "Largest ε at least 8.00" in text
+    assert "; ε is at least 8.00, because a lost reply may have cost more than was stated." in text
+    assert "This is a lower end." in text
+    assert "ε is at least" not in words(the_page())
+    assert "This is a lower end." not in words(the_page())
+
+
 def test_replies_that_were_not_used_are_listed():
     text = words(the_page(events=the_events(refused={"harbor": "nothing is left of ε=8"})))
     assert "4 replies were not used" in text

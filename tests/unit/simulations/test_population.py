@@ -8,7 +8,13 @@ from conf.compose import compose_experiment
 from privacy.accounting import epsilon_of
 from privacy.mechanisms import SubsampledGaussian, Truncation
 from protocol.errors import ConfigError
-from simulations.population import build_population, nth_site, published_count, site_file
+from simulations.population import (
+    build_population,
+    check_simulated_nodes,
+    nth_site,
+    published_count,
+    site_file,
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,23 @@ def test_simulated_sites_release_only_what_the_owner_configured() -> None:
     assert site_file(released, "s", 10, Path("x")).policy.release_training_loss
 
 
-def test_a_node_beyond_the_sites_says_how_many_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"simulates node 5, the experiment has 4 sites.*num-supernodes=4"):
-        nth_site(compose_experiment(), 4, tmp_path)
+@pytest.mark.parametrize("nodes", [2, 3, 5])
+def test_fewer_or_more_nodes_than_sites_are_refused_with_the_command_to_use(nodes: int, tmp_path: Path) -> None:
+    said = (
+        rf"Flower simulates {nodes} nodes, the experiment has 4 sites; start it with: "
+        'flwr run . --federation-config "num-supernodes=4"'
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_simulated_nodes(compose_experiment(), nodes)
+    with pytest.raises(ConfigError, match=said):
+        nth_site(compose_experiment(), 1, nodes, tmp_path)
+
+
+def test_node_n_is_the_nth_site_by_name(tmp_path: Path) -> None:
+    check_simulated_nodes(compose_experiment(), 4)
+    names = [nth_site(compose_experiment(), position, 4, tmp_path).file.name for position in range(4)]
+    assert names == ["eastfield", "harbor", "millbrook", "northgate"]
+
+
+def test_sites_left_out_in_the_configuration_need_no_node() -> None:
+    check_simulated_nodes(compose_experiment(["data.partition.sites=[eastfield,harbor]"]), 2)

@@ -1,0 +1,220 @@
+"""`cloister plan`: what a run will cost and how noisy it will be, before anything is spent."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    from conf.schema.experiment import Experiment
+    from privacy.forecast import Outlook
+
+__all__ = ["plan_command"]
+
+_SHOWN = 8
+"""Distinct published counts that are looked at; of more, evenly spread ones."""
+_SEARCHES = (3, 10)
+
+
+@dataclass(frozen=True)
+class _Forecast:
+    """Everything that is printed."""
+
+    sites: int
+    outlooks: tuple[Outlook, ...]
+    neediest: Outlook | None
+    others: tuple[Outlook, ...]
+    searches: tuple[tuple[int, float], ...]
+    parameters: int | None
+
+    @property
+    def problems(self) -> tuple[Outlook, ...]:
+        return tuple(each for each in self.outlooks if each.problem)
+
+
+def plan_command(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides, such as strategy=fedit")] = None,
+    records: Annotated[
+        str | None, typer.Option("--records", help="Published counts of real sites instead of the simulated ones.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure.", metavar="FILE.png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON alone.")] = False,
+) -> None:
+    """Show noise, ε per round, and signal against noise, for each site; what other settings would do; what cannot be.
+
+    Trains nothing and spends nothing. The signal-to-noise ratio (SNR) is the most that it can be: a step's signal is at
+    most the clip norm C, its noise σ·C·√d/B, for d trained values and an expected batch of B. Over N steps and K sites
+    the ratio of the averaged update is at most B·√(N·K) / (σ·√d).
+
+    Exit code 5 when a site cannot take part.
+    """
+    from conf.compose import compose_experiment
+
+    experiment = compose_experiment(overrides or [])
+    found = _forecast(experiment, _counts(experiment, records))
+    if plot is not None:
+        from cli.outlooks import plot_outlooks
+
+        others = found.others if found.neediest is None else (replace(found.neediest, label="as it is"), *found.others)
+        plot_outlooks(found.outlooks, others, plot)
+    if as_json:
+        _print_json(experiment, found)
+    else:
+        _print(experiment, found)
+    if found.problems:
+        from protocol.errors import PrivacyError
+
+        raise typer.Exit(PrivacyError.exit_code)
+
+
+def _counts(experiment: Experiment, records: str | None) -> dict[str, int]:
+    """Return each site's published count."""
+    from protocol.errors import ConfigError
+
+    if records is not None:
+        parts = [part.strip() for part in records.split(",")]
+        if not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise ConfigError(f"--records={records}: give positive counts with commas, such as --records 1000,2000")
+        return {f"site-{number}": int(part) for number, part in enumerate(parts, start=1)}
+    from finetuning.datasets import read_rows, split_rows
+    from simulations.partition import partition, published_count
+
+    rows, _ = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
+    sites = partition(rows, experiment.data.partition, experiment.seed)
+    column = getattr(experiment.data, "user_column", None) if _unit(experiment) == "user" else None
+    return {
+        name: published_count(len(own) if column is None else len({row.get(column) for row in own}))
+        for name, own in sites.items()
+    }
+
+
+def _forecast(experiment: Experiment, counts: dict[str, int]) -> _Forecast:
+    from conf.schema.privacy import ClientLevel, NoPrivacy, local_privacy
+    from finetuning.shapes import trained_values
+    from privacy.forecast import Scenario, client_outlook, forecast, of_rank, search_cost, variations
+
+    def values(rank: int) -> int | None:
+        peft = experiment.peft.model_copy(update={"rank": rank})
+        return trained_values(experiment.model, peft, experiment.strategy, experiment.task)
+
+    federation, privacy = experiment.federation, local_privacy(experiment.privacy)
+    parameters, cohort = values(experiment.peft.rank), federation.cohort_size or len(counts)
+    whole: tuple[Outlook, ...] = ()
+    if isinstance(experiment.privacy, ClientLevel):
+        rounds = federation.rounds
+        whole = (
+            client_outlook(experiment.privacy, rounds=rounds, sites=len(counts), cohort=cohort, parameters=parameters),
+        )
+        if isinstance(privacy, NoPrivacy):
+            return _Forecast(len(counts), whole, None, (), (), parameters)
+    scenarios = [
+        Scenario(name, privacy, federation.local, federation.rounds, published, cohort, parameters)
+        for name, published in _spread(counts)
+    ]
+    # The smallest site is drawn from most often, and needs the most noise.
+    least = min(scenarios, key=lambda scenario: scenario.published)
+    changed = variations(least)
+    with _pool() as over:
+        outlooks = forecast([*scenarios, *changed], over)
+    sites, others = outlooks[: len(scenarios)], outlooks[len(scenarios) :]
+    neediest = sites[scenarios.index(least)]
+    if experiment.peft.rank > 1:
+        others.append(of_rank(neediest, experiment.peft.rank // 2, parameters, values(experiment.peft.rank // 2)))
+    searches: tuple[tuple[int, float], ...] = ()
+    if not neediest.problem and not isinstance(privacy, NoPrivacy):
+        searches = tuple((runs, search_cost(least, neediest, runs)) for runs in _SEARCHES)
+    return _Forecast(len(counts), (*whole, *sites), neediest, tuple(others), searches, parameters)
+
+
+def _spread(counts: dict[str, int]) -> list[tuple[str, int]]:
+    """Return one site per distinct count, smallest first, and not too many: equal counts have equal figures."""
+    if len(counts) <= _SHOWN:
+        return list(counts.items())
+    first: dict[int, str] = {}
+    for name, count in counts.items():
+        first.setdefault(count, name)
+    distinct = sorted((count, name) for count, name in first.items())
+    step = max(1.0, (len(distinct) - 1) / (_SHOWN - 1))
+    chosen = sorted({min(round(i * step), len(distinct) - 1) for i in range(_SHOWN)})
+    return [(distinct[position][1], distinct[position][0]) for position in chosen]
+
+
+@contextmanager
+def _pool() -> Generator[Callable[..., Iterable[Any]]]:
+    """Yield a `map` over this machine's processor cores; plain `map` where processes cannot be forked."""
+    import multiprocessing
+    import os
+
+    cores = min(os.cpu_count() or 1, 8)
+    if cores == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield map
+        return
+    with multiprocessing.get_context("fork").Pool(cores) as pool:
+        yield pool.imap
+
+
+def _unit(experiment: Experiment) -> str:
+    kinds = {"example_level": "record", "user_level": "user", "client_level": "site", "none": "none"}
+    return kinds[experiment.privacy.kind]
+
+
+def _print(experiment: Experiment, found: _Forecast) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from cli.outlooks import curve_chart, outlook_table, what_if_table
+    from cli.tables import epsilon_text
+
+    console = Console(highlight=False)
+    if experiment.privacy.kind == "none":
+        console.print("[yellow]privacy=none[/yellow]: nothing is protected, there is no noise and no ε")
+    console.print(outlook_table(found.outlooks, _unit(experiment)))
+    if len([each for each in found.outlooks if each.label != "federation"]) < found.sites and found.neediest:
+        console.print(f"{found.sites} sites in all: one per distinct published count is shown")
+    for each in found.problems:
+        console.print(f"[red]{escape(each.label)}[/red] {escape(each.problem)}", soft_wrap=True)
+        for fix in each.fixes:
+            console.print(f"  feasible with {escape(fix)}", soft_wrap=True)
+    chart = curve_chart(found.neediest or found.outlooks[0])
+    if chart:
+        console.print(f"\n{chart}\n")
+    if found.neediest is not None and not found.neediest.problem:
+        console.print(what_if_table(found.neediest, found.others))
+    console.print(
+        f"d={found.parameters} trained values"
+        if found.parameters is not None
+        else "no SNR: the checkpoint is not on this machine, or holds no safetensors",
+    )
+    for runs, epsilon in found.searches:
+        console.print(f"{runs} runs on the same records, to choose settings: ε={epsilon_text(epsilon)} in all")
+
+
+def _print_json(experiment: Experiment, found: _Forecast) -> None:
+    import json
+    import math
+    from dataclasses import asdict
+
+    def plain(outlook: Outlook) -> dict[str, Any]:
+        # JSON knows no infinity: without noise there is no ε, and no ratio.
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(outlook).items()
+        }
+
+    told = {
+        "experiment": experiment.digest,
+        "unit": _unit(experiment),
+        "sites_in_all": found.sites,
+        "trained_values": found.parameters,
+        "sites": [plain(each) for each in found.outlooks],
+        "what_if": [plain(each) for each in found.others],
+        "search": [{"runs": runs, "epsilon": epsilon} for runs, epsilon in found.searches],
+        "feasible": not found.problems,
+    }
+    typer.echo(json.dumps(told, indent=1, ensure_ascii=False))

@@ -1,0 +1,157 @@
+"""A round's training at a site: the records, the randomness and the plan come together here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+
+from client.units import Units
+from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
+from conf.schema.site import SiteFile
+from finetuning.adapters import AdaptedModel
+from finetuning.batches import Example
+from finetuning.loop import TrainingDiagnostics, train_locally
+from finetuning.tasks.build import build_objective
+from privacy.gradients import GradientRule, gradient_rule
+from privacy.plan import PrivacyPlan
+from privacy.randomness import SecureStream, inputs_digest, round_stream
+from protocol.instructions import InstructionHeader
+from protocol.tensors import NamedTensors, digest, subtract
+
+__all__ = ["Trained", "TrainingJob", "check_gradients", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, from where, on what, and how it is protected."""
+
+    file: SiteFile
+    header: InstructionHeader
+    adapted: AdaptedModel
+    trained_names: frozenset[str]
+    start: Mapping[str, torch.Tensor]
+    examples: Sequence[Example]
+    units: Units
+    privacy: PrivacyPlan
+
+    @property
+    def asked(self) -> LocalPrivacy:
+        """The configuration of the protection that this site enforces itself."""
+        return local_privacy(self.header.plan.privacy)
+
+    @cached_property
+    def inputs(self) -> str:
+        """SHA-256 (hex) over everything that the result depends on, whatever the run is called; never leaves."""
+        settings = self.header.plan.model_copy(update={"run": "any"}).digest
+        records = _fingerprint(self.examples, self.units)
+        return inputs_digest(self.file.name, settings, self.header.adapter_digest, self.header.base_digest, records)
+
+    def stream(self, secret: bytes, attempt: int) -> SecureStream:
+        """Return the randomness of sampling, noise and dropout: keyed by the site's secret, unless it is repeatable.
+
+        It is bound to every input. The same inputs give the same stream, so that a replay tells nothing new; other
+        inputs give an independent one, or the difference of two results would be free of noise. Without privacy there
+        is nothing to hide, and a run is repeatable.
+        """
+        plan, round_number = self.header.plan, self.header.round
+        seed = plan.adapter_seed if isinstance(self.asked, NoPrivacy) else self.asked.insecure_seed
+        if seed is not None:
+            return SecureStream.insecure(seed, round_number, self.inputs, attempt)
+        return round_stream(secret, run=plan.run, round_number=round_number, inputs_digest=self.inputs, attempt=attempt)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave. Only the update and the noisy loss are made to leave."""
+
+    update: NamedTensors
+    noisy_loss: float | None
+    diagnostics: TrainingDiagnostics
+    clipped: int
+    non_finite: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that may leave."""
+        return hashlib.sha256(f"{digest(self.update)}|{self.noisy_loss!r}".encode()).hexdigest()
+
+    @property
+    def private_facts(self) -> dict[str, float]:
+        """What only the site's own operator may see."""
+        return {**asdict(self.diagnostics), "clipped": self.clipped, "non_finite": self.non_finite}
+
+
+def train(job: TrainingJob, stream: SecureStream) -> Trained:
+    """Return the update of one round, trained minus received; the network is left holding the trained adapter."""
+    plan, asked = job.header.plan, job.asked
+    rule = _rule(job.privacy, asked, job.adapted, job.trained_names, stream)
+    try:
+        job.adapted.load(job.start)
+        diagnostics = train_locally(
+            job.adapted,
+            job.adapted.train_only(job.trained_names),
+            job.examples,
+            build_objective(plan.task),
+            rule,
+            plan.local,
+            units=job.units.members,
+            unit_weighting=asked.user_gradient if isinstance(asked, UserLevel) else "sum",
+            seed=_dropout_seed(stream),
+            micro_batch_tokens=job.file.runtime.micro_batch_tokens,
+            static_shapes=job.file.runtime.static_shapes,
+            learning_rate_factor=plan.local.learning_rate_factor(job.header.round, plan.rounds),
+        )
+    finally:
+        rule.close()
+    update = subtract(job.adapted.extract(), job.start, job.trained_names)
+    return Trained(update, rule.released_loss, diagnostics, rule.clipped, rule.non_finite)
+
+
+def check_gradients(
+    privacy: PrivacyPlan, asked: LocalPrivacy, adapted: AdaptedModel, trained_names: frozenset[str]
+) -> None:
+    """Refuse what cannot be trained under a plan, before anything is spent.
+
+    Raises:
+        PrivacyError: naming the first layer without a per-example rule, or a layer that couples examples.
+    """
+    _rule(privacy, asked, adapted, trained_names, SecureStream.from_operating_system()).close()
+
+
+def _rule(
+    privacy: PrivacyPlan,
+    asked: LocalPrivacy,
+    adapted: AdaptedModel,
+    trained_names: frozenset[str],
+    stream: SecureStream,
+) -> GradientRule:
+    per_example, without_rule = "native", "one_by_one"
+    if not isinstance(asked, NoPrivacy):
+        per_example, without_rule = asked.per_example_gradients, asked.without_rule
+    trained = adapted.train_only(trained_names)
+    return gradient_rule(privacy, per_example, adapted.network, trained, stream, without_rule=without_rule)
+
+
+def _fingerprint(examples: Sequence[Example], units: Units) -> str:
+    """Return the SHA-256 (hex) of a site's tokenized records, in the order in which they can be drawn."""
+    state = hashlib.sha256()
+    for members in units.members:
+        state.update(f"|{len(members)}|".encode())
+        for position in members:
+            example = examples[position]
+            state.update(f"|{len(example)}|{example.label}|".encode())
+            state.update(example.input_ids.tobytes() + example.trained.tobytes())
+    return state.hexdigest()
+
+
+def _dropout_seed(stream: SecureStream) -> int:
+    """Return a seed that nobody knows.
+
+    Which mask a record meets depends on the others in its batch. Secret masks are independent of each other whatever
+    was drawn, so the sensitivity bound holds for each of them; with a public seed it would not.
+    """
+    return int(stream.uniform(1)[0] * 2**53)

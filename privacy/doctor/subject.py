@@ -1,0 +1,102 @@
+"""What was observed of a site's real training code, and what a check says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from conf.schema.federation import LocalTraining
+from conf.schema.privacy import LocalPrivacy
+from privacy.mechanisms import SubsampledGaussian
+from privacy.plan import PrivacyPlan
+from protocol.instructions import ReplyHeader
+
+__all__ = ["FALSE_ALARM", "ObservedRound", "ObservedStep", "Probe", "Promise", "Subject", "Verdict"]
+
+FALSE_ALARM = 1e-6
+"""The chance that a statistical check fails a healthy program, per check."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of a diagnosis. `passed` is None where the check does not apply to what is promised."""
+
+    name: str
+    passed: bool | None
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What was asked for, as the configuration and the site file say it: the plan is judged against this."""
+
+    privacy: LocalPrivacy
+    local: LocalTraining
+    rounds: int
+    published_units: int
+    num_units: int
+    """The true count of the records that the observed rounds could draw from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Sums made by the real training code without noise, over a few units, all of them drawn.
+
+    A gradient is one flat float64 vector over all trained parameters, of shape (d,).
+    """
+
+    clip_norm: float
+    normalizer: float
+    """Not the number of units here, so that a division by the actual batch shows."""
+    alone: tuple[torch.Tensor, ...]
+    """Each unit's own gradient by plain autograd: unpadded, one record at a time, unclipped."""
+    whole: torch.Tensor
+    """The gradient that the optimizer was given when all units were drawn."""
+    without: tuple[torch.Tensor, ...]
+    """The same with one unit's records left out of the site's data, for each unit in turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedStep:
+    """One optimizer step: the records that were looked up for it, and the gradient that it was given."""
+
+    records: tuple[int, ...]
+    gradient: tuple[torch.Tensor, ...]
+    """One float64 tensor per trained parameter, flat."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedRound:
+    """One round as the site's owner, its ledger and the server saw it."""
+
+    steps: tuple[ObservedStep, ...]
+    header: ReplyHeader
+    moved: Mapping[str, float]
+    """The L2 norm of the update, per tensor that left the site."""
+    booked: tuple[SubsampledGaussian, ...]
+    """Everything that the site's ledger holds after the round, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Everything the checks look at. Built from the real code, by `simulations.doctor`."""
+
+    promise: Promise
+    plan: PrivacyPlan
+    probe: Probe
+    draws: tuple[np.ndarray, ...]
+    """Positions drawn by the real gradient rule from a site whose every slot is filled."""
+    trained: tuple[ObservedRound, ...]
+    """Consecutive rounds of one run at one site."""
+    silenced: tuple[ObservedRound, ...]
+    """The same rounds at a site with one record less, whose network answers nothing: all gradients are zero."""
+    starved: ObservedRound
+    """A round of a site with a single record, almost never drawn."""
+    base_before: str
+    base_after: str
+    """Digests of everything that must not move."""
+    precision: float
+    """Relative error that the arithmetic of the base's dtype explains."""

@@ -1,0 +1,276 @@
+"""What a plan will cost and how much of it will be noise, before anything is spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from conf.schema.federation import LocalTraining
+from conf.schema.privacy import ClientLevel, ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
+from privacy.accounting import epsilon_of
+from privacy.calibration import calibrate_noise
+from privacy.mechanisms import SubsampledGaussian
+from privacy.plan import PrivacyPlan, build_plan, default_delta
+from protocol.errors import PrivacyError
+
+__all__ = [
+    "Outlook",
+    "Scenario",
+    "client_outlook",
+    "forecast",
+    "nearest_feasible",
+    "of_rank",
+    "search_cost",
+    "signal_to_noise",
+    "variations",
+]
+
+_MOST_NOISE = 1000.0
+"""The calibration looks no further."""
+_STRIDE, _STRIDES = 1.1, 20
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One site under one setting; all of it public.
+
+    Attributes:
+        label: the site's name, or what was changed.
+        published: the site's published count of protected units.
+        sites: sites whose updates are averaged in a round.
+        parameters: trained values, d; None when the model's files are not at hand.
+        curve_points: rounds at which ε is computed.
+    """
+
+    label: str
+    privacy: LocalPrivacy
+    local: LocalTraining
+    rounds: int
+    published: int
+    sites: int = 1
+    parameters: int | None = None
+    curve_points: int = 6
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.local.steps * self.rounds
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a scenario comes to. `problem` is empty where it can be done; `fixes` are overrides that make it so."""
+
+    label: str
+    published: int
+    sampling_rate: float
+    steps: int
+    noise_multiplier: float | None = None
+    delta: float | None = None
+    epsilon: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+    """Round -> ε of all rounds so far."""
+    snr_round: float | None = None
+    snr_run: float | None = None
+    relation: str = ""
+    problem: str = ""
+    fixes: tuple[str, ...] = ()
+
+
+def signal_to_noise(plan: PrivacyPlan, parameters: int, *, sites: int = 1, rounds: int = 1) -> float:
+    """Return the most that ‖signal‖ / ‖noise‖ of the averaged update can be, over `rounds` rounds of SGD.
+
+    Each step adds noise of standard deviation σC/B to each of d coordinates, B being the normalizer: a norm of
+    σC√d/B, independent between the N = steps·rounds steps and the K sites, so the noise of their mean has norm
+    σC√d/B · √(N/K). The signal of a step is at most C, when a batch of the expected size is drawn and every record's
+    gradient is as long as the clip norm and points the same way, at all sites: N·C over the steps. The ratio is
+
+        B · √(N·K) / (σ·√d)
+
+    An upper bound: real gradients are shorter and disagree. Dimensions along which nothing is learned carry noise all
+    the same, so useful training happens far below a ratio of 1.
+    """
+    steps = plan.steps_per_round * rounds
+    if plan.noise_multiplier == 0:
+        return math.inf
+    return plan.normalizer * math.sqrt(steps * sites / parameters) / plan.noise_multiplier
+
+
+def forecast(scenarios: Iterable[Scenario], over: Callable[..., Iterable[Any]] = map) -> list[Outlook]:
+    """Return each scenario's outlook, in order.
+
+    Args:
+        scenarios: what to look at.
+        over: applies a function to each, like `map`; a pool's own `map` uses more processor cores.
+    """
+    return list(over(_outlook, scenarios))
+
+
+def _outlook(scenario: Scenario) -> Outlook:
+    rate = scenario.local.expected_batch_size / scenario.published
+    empty = Outlook(scenario.label, scenario.published, rate, scenario.steps)
+    try:
+        plan = _plan(scenario)
+    except PrivacyError as error:
+        return replace(empty, problem=str(error), fixes=nearest_feasible(scenario))
+    curve = tuple(
+        (r, plan.epsilon([plan.mechanism(plan.steps_per_round * r)]))
+        for r in _rounds(scenario.rounds, scenario.curve_points)
+    )
+
+    def snr(rounds: int) -> float | None:
+        size, sites = scenario.parameters, scenario.sites
+        return None if size is None else signal_to_noise(plan, size, sites=sites, rounds=rounds)
+
+    return replace(
+        empty,
+        noise_multiplier=plan.noise_multiplier,
+        delta=plan.delta,
+        epsilon=curve[-1][1],
+        curve=curve if plan.is_private else (),
+        snr_round=snr(1),
+        snr_run=snr(scenario.rounds),
+        relation=plan.relation,
+    )
+
+
+def _plan(scenario: Scenario) -> PrivacyPlan:
+    published = scenario.published
+    return build_plan(
+        scenario.privacy, scenario.local, rounds=scenario.rounds, published_units=published, num_units=published
+    )
+
+
+def _rounds(last: int, points: int) -> list[int]:
+    """Return up to `points` rounds, evenly spread, with the last (and the first, if there are two or more)."""
+    if points == 1:
+        return [last]
+    return sorted({round(1 + (last - 1) * i / (points - 1)) for i in range(points)})
+
+
+def nearest_feasible(scenario: Scenario) -> tuple[str, ...]:
+    """Return overrides, each of which on its own removes what stops the scenario first; none where nothing does."""
+    privacy, published = scenario.privacy, scenario.published
+    if scenario.local.expected_batch_size > published:
+        return (f"federation.local.expected_batch_size={published}",)
+    if isinstance(privacy, NoPrivacy):
+        return ()
+    if privacy.delta is not None and privacy.delta >= 1 / published:
+        return ("privacy.delta=null", f"privacy.delta={default_delta(published):.2g}")
+    if privacy.loss_noise_multiplier is not None:
+        return (*_louder_loss(scenario), "privacy.loss_noise_multiplier=null")
+    if privacy.target_epsilon is None:
+        return ()
+    return tuple(_reachable(scenario, privacy, privacy.target_epsilon))
+
+
+def _louder_loss(scenario: Scenario) -> Iterator[str]:
+    """Yield ten times the noise of the whole, which leaves the loss one percent of the budget, nearly."""
+    try:
+        alone = _plan(replace(scenario, privacy=scenario.privacy.model_copy(update={"loss_noise_multiplier": None})))
+    except PrivacyError:
+        return
+    yield f"privacy.loss_noise_multiplier={10 * alone.noise_multiplier:.3g}"
+
+
+def _reachable(scenario: Scenario, privacy: ExampleLevel | UserLevel, target: float) -> Iterator[str]:
+    """Yield a target near the least ε that the steps can cost, and the most rounds that the target allows."""
+
+    def works(target: float, rounds: int) -> bool:
+        try:
+            _plan(replace(scenario, privacy=privacy.model_copy(update={"target_epsilon": target}), rounds=rounds))
+        except PrivacyError:
+            return False
+        return True
+
+    if works(target, scenario.rounds):
+        return
+    loudest = privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": _MOST_NOISE})
+    plan = _plan(replace(scenario, privacy=loudest))
+    # The calibration gives up a little above what the accountant could reach: go up in small steps until it does not.
+    least = plan.epsilon([plan.whole_run])
+    rounded = (float(f"{least * _STRIDE**step:.3g}") for step in range(1, _STRIDES))
+    reachable = next((each for each in rounded if works(each, scenario.rounds)), None)
+    if reachable is not None:
+        yield f"privacy.target_epsilon={reachable:g}"
+    enough, too_many = 0, scenario.rounds
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if works(target, middle) else (enough, middle)
+    if enough:
+        yield f"federation.rounds={enough}"
+
+
+def variations(scenario: Scenario) -> tuple[Scenario, ...]:
+    """Return what else could be run: each label is the override that changes the scenario.
+
+    Fewer steps per round are not among them: noise and signal depend on all steps of the run together.
+    """
+    local, privacy = scenario.local, scenario.privacy
+    found: list[Scenario] = []
+    for factor in (2, 4):
+        batch = local.expected_batch_size * factor
+        if batch <= scenario.published:
+            bigger = local.model_copy(update={"expected_batch_size": batch})
+            found.append(replace(scenario, label=f"federation.local.expected_batch_size={batch:g}", local=bigger))
+    if scenario.rounds > 1:
+        half = scenario.rounds // 2
+        found.append(replace(scenario, label=f"federation.rounds={half}", rounds=half))
+    if not isinstance(privacy, NoPrivacy) and privacy.target_epsilon is not None:
+        half = privacy.target_epsilon / 2
+        stricter = privacy.model_copy(update={"target_epsilon": half})
+        found.append(replace(scenario, label=f"privacy.target_epsilon={half:g}", privacy=stricter))
+    return tuple(replace(each, curve_points=1) for each in found)
+
+
+def of_rank(outlook: Outlook, rank: int, parameters: int | None, smaller: int | None) -> Outlook:
+    """Return the outlook of an adapter with `smaller` trained values instead of `parameters`: the price is the same."""
+    scale = math.nan if not parameters or not smaller else math.sqrt(parameters / smaller)
+
+    def scaled(ratio: float | None) -> float | None:
+        return None if ratio is None or math.isnan(scale) else ratio * scale
+
+    label = f"peft.rank={rank}"
+    return replace(outlook, label=label, snr_round=scaled(outlook.snr_round), snr_run=scaled(outlook.snr_run))
+
+
+def search_cost(scenario: Scenario, outlook: Outlook, runs: int) -> float:
+    """Return the ε of `runs` runs on the same records: trying settings is training, and each try is spent.
+
+    `outlook` is the scenario's own; its noise is not searched for again.
+    """
+    known = {"target_epsilon": None, "noise_multiplier": outlook.noise_multiplier}
+    plan = _plan(replace(scenario, privacy=scenario.privacy.model_copy(update=known)))
+    return plan.epsilon([plan.whole_run.repeated(plan.whole_run.steps * runs)])
+
+
+def client_outlook(privacy: ClientLevel, *, rounds: int, sites: int, cohort: int, parameters: int | None) -> Outlook:
+    """Return the federation's one line when the unit is a whole site.
+
+    An upper bound: no amplification by drawing cohorts, because the server that draws them knows them, and fresh noise
+    in each round. The sum of a round's clipped updates is at most cohort·C long, its noise σC√d: over R rounds the
+    signal-to-noise ratio is at most cohort·√R / (σ√d).
+    """
+    delta = default_delta(sites) if privacy.delta is None else privacy.delta
+    line = Outlook("federation", sites, 1.0, rounds, delta=delta, relation="add or remove one site")
+    if delta >= 1 / sites:
+        problem = f"privacy.delta={delta:.3g} is not below 1/n={1 / sites:.3g} of {sites} sites"
+        return replace(line, problem=problem, fixes=("privacy.delta=null",))
+    try:
+        noise = privacy.noise_multiplier or calibrate_noise(
+            privacy.target_epsilon or math.inf, delta, SubsampledGaussian(1.0, 1.0, rounds)
+        )
+    except PrivacyError as error:
+        return replace(line, problem=str(error), fixes=("federation.rounds=1",))
+    curve = tuple((r, epsilon_of([SubsampledGaussian(1.0, noise, r)], delta)) for r in _rounds(rounds, 6))
+    snr = None if parameters is None else cohort / (noise * math.sqrt(parameters))
+    return replace(
+        line,
+        noise_multiplier=noise,
+        epsilon=curve[-1][1],
+        curve=curve,
+        snr_round=snr,
+        snr_run=None if snr is None else snr * math.sqrt(rounds),
+    )

@@ -1,0 +1,120 @@
+"""What everything that is booked comes to, and by which rule: an exact composition, or a filter.
+
+* **Schedule.** One run alone, whose whole mechanism was declared before its first step and of which no parameter was
+  changed: privacy loss distributions compose exactly. They require parameters that do not depend on outputs, and these
+  do not.
+* **Filter.** A second run, changed parameters, or steps beyond the schedule: somebody may have chosen them after
+  looking at outputs. A Rényi filter of one order, fixed in advance, stays valid then (Feldman and Zrnic 2021, arXiv
+  2008.11193, Theorem 4.3; Rogers et al. 2016, arXiv 1605.08294, for why composition theorems alone do not).
+
+By each rule the budget bounds every sequence of rounds, stopped whenever anybody likes. What is spent before a run's
+end is information: whoever stops *because of* an output should quote the budget. Whoever starts a second run because of
+the first one's outputs relies on both rules at once; each may fail with probability δ, so that in the worst case 2δ
+holds (docs/decisions/0007-ledger.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from privacy.accounting import epsilon_of
+from privacy.filter import RenyiFilter
+from privacy.ledger.budget import Budget
+from privacy.ledger.chain import Entry
+from privacy.mechanisms import SubsampledGaussian
+
+__all__ = ["RULES", "Charge", "Rule", "Stated", "charges_of", "filter_epsilon", "rule_for", "schedules_of", "state"]
+
+Rule = Literal["schedule", "filter"]
+
+RULES: dict[Rule, str] = {
+    "schedule": "a schedule fixed in advance, composed exactly",
+    "filter": "the Rényi filter, because parameters may have been chosen after earlier outputs",
+}
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One reservation, as an entry holds it."""
+
+    sequence: int
+    fingerprint: str
+    run: str
+    round: int
+    mechanism: SubsampledGaussian
+    inputs_digest: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Stated:
+    """An ε, and the rule that vouches for it."""
+
+    epsilon: float
+    rule: Rule
+
+
+def charges_of(entries: Iterable[Entry], fingerprints: Collection[str]) -> tuple[Charge, ...]:
+    """Return what is booked on any of the data sets, reserved and committed alike, in order."""
+    found: list[Charge] = []
+    for entry in entries:
+        if entry.kind == "reserve" and entry.fingerprint in fingerprints:
+            content = entry.content
+            mechanism = SubsampledGaussian.from_json(content["mechanism"])
+            found.append(
+                Charge(
+                    entry.sequence,
+                    entry.fingerprint,
+                    content["run"],
+                    content["round"],
+                    mechanism,
+                    content["inputs_digest"],
+                    content["attempt"],
+                )
+            )
+    return tuple(found)
+
+
+def schedules_of(entries: Iterable[Entry], fingerprints: Collection[str], run: str) -> tuple[SubsampledGaussian, ...]:
+    """Return the whole mechanisms that a run declared on any of the data sets, in order; more than one is a change."""
+    return tuple(
+        SubsampledGaussian.from_json(entry.content["mechanism"])
+        for entry in entries
+        if entry.kind == "schedule" and entry.fingerprint in fingerprints and entry.content["run"] == run
+    )
+
+
+def rule_for(charges: Sequence[Charge], schedules: Sequence[SubsampledGaussian]) -> Rule:
+    """Return the rule for these charges, `schedules` being what the run of the last of them has declared."""
+    if not charges:
+        return "schedule"
+    if len({charge.run for charge in charges}) > 1 or len(set(schedules)) != 1:
+        return "filter"
+    declared = schedules[0]
+    as_declared = all(charge.mechanism.repeated(declared.steps) == declared for charge in charges)
+    within = sum(charge.mechanism.steps for charge in charges) <= declared.steps
+    return "schedule" if as_declared and within else "filter"
+
+
+def state(rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Sequence[Entry]) -> Stated:
+    """Return the ε of `charges` at the budget's δ, by `rule`; `entries` fix the filter's order."""
+    mechanisms = [charge.mechanism for charge in charges]
+    if rule == "schedule":
+        return Stated(epsilon_of(mechanisms, budget.delta), rule)
+    return Stated(filter_epsilon(mechanisms, budget, entries), rule)
+
+
+def filter_epsilon(mechanisms: Iterable[SubsampledGaussian], budget: Budget, entries: Iterable[Entry]) -> float:
+    """Return the ε that the filter vouches for.
+
+    Its order must not depend on outputs. So it is the order for the budget under which the ledger's first booking at
+    this δ was made; a budget that is lowered or raised later moves the limit, not the order.
+    """
+    epsilon = budget.epsilon
+    for entry in entries:
+        if entry.kind == "reserve" and entry.content["budget"]["delta"] == budget.delta:
+            epsilon = entry.content["budget"]["epsilon"]
+            break
+    return RenyiFilter(epsilon, budget.delta).epsilon_of(mechanisms)

@@ -1,0 +1,98 @@
+"""A ledger's entries as one signed chain: read only when intact, and only ever added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from privacy.ledger.budget import Budget, budget_content, check_change, stored_budget
+from privacy.ledger.chain import Entry, Kind, first_fault, seal
+from privacy.ledger.keys import SigningKey
+from privacy.ledger.store import Store, Transaction
+from protocol.errors import PrivacyError
+
+__all__ = ["Clock", "Journal", "Pen"]
+
+Clock = Callable[[], datetime]
+
+
+class Pen:
+    """The right to add entries, while nobody else can; `entries` includes those that were added."""
+
+    def __init__(self, transaction: Transaction, entries: tuple[Entry, ...], key: SigningKey, clock: Clock) -> None:
+        self.transaction = transaction
+        self.entries = entries
+        self._key = key
+        self._clock = clock
+
+    def write(self, kind: Kind, content: Mapping[str, Any], fingerprint: str = "") -> Entry:
+        """Add one entry and return it."""
+        last = self.entries[-1] if self.entries else None
+        entry = seal(self._key, last, kind, self._clock(), fingerprint, content)
+        self.transaction.append(entry)
+        self.entries = (*self.entries, entry)
+        return entry
+
+
+class Journal:
+    """The chain in one store, under one site's key."""
+
+    def __init__(self, location: str | Path, key: SigningKey, clock: Clock = lambda: datetime.now(UTC)) -> None:
+        """Open or make a journal.
+
+        Raises:
+            PrivacyError: the store cannot be opened.
+        """
+        self._store = Store(location)
+        self._key = key
+        self._clock = clock
+        self._trusted: frozenset[str] = frozenset()
+
+    @contextmanager
+    def writing(self) -> Generator[Pen, None, None]:
+        """Hold the journal alone; when the block ends without an error, what was written is on disk.
+
+        Raises:
+            PrivacyError: the chain is broken.
+        """
+        with self._store.writing() as transaction:
+            yield Pen(transaction, self._checked(transaction), self._key, self._clock)
+
+    @contextmanager
+    def reading(self) -> Generator[tuple[Transaction, tuple[Entry, ...]], None, None]:
+        """See one state of the journal.
+
+        Raises:
+            PrivacyError: the chain is broken.
+        """
+        with self._store.reading() as transaction:
+            yield transaction, self._checked(transaction)
+
+    def set_budget(self, budget: Budget, reason: str) -> Entry:
+        """Write a budget; it holds from now on, for every data set of the site.
+
+        Raises:
+            PrivacyError: the change is not allowed; see `check_change`.
+        """
+        with self.writing() as pen:
+            booked = any(entry.kind == "reserve" for entry in pen.entries)
+            check_change(stored_budget(pen.entries), budget, reason, booked)
+            return pen.write("budget", budget_content(budget, reason.strip()))
+
+    def close(self) -> None:
+        """Release the database."""
+        self._store.close()
+
+    def _checked(self, transaction: Transaction) -> tuple[Entry, ...]:
+        entries = transaction.entries()
+        fault = first_fault(entries, self._key.verifying, self._trusted)
+        if fault is not None:
+            raise PrivacyError(
+                f"the ledger at {self._store.name} is not as it was written: {fault.text}. Nothing is booked on it; "
+                "look with: cloister ledger verify, and restore a backup (the keys included)"
+            )
+        self._trusted = frozenset(entry.hash for entry in entries)
+        return entries

@@ -1,0 +1,201 @@
+"""Whether a ledger is what the site once wrote, and whether its figures are true.
+
+What can be found: an entry that was altered, removed from the middle, inserted, moved, or signed by another key; a data
+set whose units were changed or that was taken away; a figure that is not what was booked comes to; an admission beyond
+the budget. What cannot be found from the ledger alone: that its last entries were cut off, or that whoever holds the
+private key wrote it anew. Both show against a head (the last entry's hash) that was noted elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from privacy.ledger.admission import Rule, charges_of, rule_for, schedules_of, state
+from privacy.ledger.budget import Budget, stored_budget
+from privacy.ledger.chain import GENESIS, Entry, first_fault
+from privacy.ledger.keys import VerifyingKey
+from privacy.ledger.recompute import lower_bound, renyi_bound
+from privacy.ledger.store import Snapshot
+
+__all__ = ["Figure", "Problem", "Verification", "figures_of", "verify"]
+
+_SAME = 0.02
+"""Relative; the grid of the accountant converges to one percent, and a later release may converge further."""
+_OVER_RENYI = 1.02
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it must be."""
+
+    sequence: int | None
+    """The entry concerned; None where it is none in particular."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One stated ε beside what it was recomputed to be."""
+
+    sequence: int
+    run: str
+    round: int
+    rule: Rule
+    stated: float
+    recomputed: float
+    """By the same rule, from the entries."""
+    renyi: float | None
+    """An upper bound by a second accountant; None where it is none (the filter, cut batches, discrete noise)."""
+    at_least: float | None
+    """A lower bound by a third; computed for the last figure of each run, which is the one that counts."""
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. No problem means that all checks passed."""
+
+    entries: int
+    head: str
+    """The last entry's hash: note it, to notice later whether entries were cut off."""
+    problems: tuple[Problem, ...]
+    figures: tuple[Figure, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def verify(snapshot: Snapshot, key: VerifyingKey, head: str | None = None) -> Verification:
+    """Check the chain, then the data sets, then every figure; figures of a broken chain mean nothing and are left out.
+
+    Args:
+        snapshot: the ledger.
+        key: the site's public key, from the site and not from whoever brought the ledger.
+        head: an entry's hash, or its first 12 digits or more, that was noted earlier.
+    """
+    entries = snapshot.entries
+    last = entries[-1].hash if entries else GENESIS
+    fault = first_fault(entries, key)
+    if fault is not None:
+        return Verification(len(entries), last, (Problem(fault.sequence, fault.text),), ())
+    problems = [*_head_problems(entries, head), *_data_problems(snapshot), *_commit_problems(entries)]
+    if problems:
+        return Verification(len(entries), last, tuple(problems), ())
+    figures = figures_of(snapshot)
+    budgets = _budget_problems(entries, figures)
+    return Verification(len(entries), last, (*_figure_problems(figures), *budgets), figures)
+
+
+def figures_of(snapshot: Snapshot) -> tuple[Figure, ...]:
+    """Return every reservation's stated ε beside its recomputations, in order."""
+    reservations = [entry for entry in snapshot.entries if entry.kind == "reserve"]
+    last_of_run = {(entry.fingerprint, entry.content["run"]): entry.sequence for entry in reservations}
+    return tuple(
+        _figure(snapshot, entry, last_of_run[entry.fingerprint, entry.content["run"]] == entry.sequence)
+        for entry in reservations
+    )
+
+
+def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
+    until = snapshot.entries[: entry.sequence]
+    concerned = _overlapping(snapshot, entry.fingerprint)
+    charges = charges_of(until, concerned)
+    content = entry.content
+    budget = Budget(**content["budget"])
+    rule = rule_for(charges, schedules_of(until, concerned, content["run"]))
+    mechanisms = [charge.mechanism for charge in charges]
+    plain = all(mechanism.truncation is None and not mechanism.discrete for mechanism in mechanisms)
+    return Figure(
+        sequence=entry.sequence,
+        run=content["run"],
+        round=content["round"],
+        rule=rule,
+        stated=content["epsilon_after"],
+        recomputed=state(rule, charges, budget, until).epsilon,
+        renyi=renyi_bound(mechanisms, budget.delta) if plain and rule == "schedule" else None,
+        at_least=lower_bound(mechanisms, budget.delta) if is_last else None,
+        budget=budget,
+    )
+
+
+def _overlapping(snapshot: Snapshot, fingerprint: str) -> frozenset[str]:
+    data = snapshot.data_sets[fingerprint]
+    return frozenset(name for name, other in snapshot.data_sets.items() if data.overlaps(other))
+
+
+def _head_problems(entries: Sequence[Entry], head: str | None) -> Iterator[Problem]:
+    if head and not any(entry.hash.startswith(head) for entry in entries):
+        yield Problem(
+            None,
+            f"no entry has the hash {head[:12]} that was noted: entries were cut off at the end, or all were rewritten",
+        )
+
+
+def _data_problems(snapshot: Snapshot) -> Iterator[Problem]:
+    named = {entry.fingerprint: entry.sequence for entry in reversed(snapshot.entries) if entry.fingerprint}
+    for fingerprint, sequence in named.items():
+        if fingerprint not in snapshot.data_sets:
+            yield Problem(sequence, f"the data set {fingerprint[:12]} of entry {sequence} is missing")
+    for fingerprint, data in snapshot.data_sets.items():
+        if data.fingerprint != fingerprint:
+            yield Problem(
+                named.get(fingerprint), f"the units of data set {fingerprint[:12]} were altered: they no longer give it"
+            )
+        elif fingerprint not in named:
+            yield Problem(
+                None,
+                f"no entry names the data set {fingerprint[:12]}: the entries that used it were cut off at the end",
+            )
+
+
+def _commit_problems(entries: Sequence[Entry]) -> Iterator[Problem]:
+    committed: dict[int, int] = {}
+    for entry in entries:
+        if entry.kind != "commit":
+            continue
+        number = entry.content["reserve"]
+        if not (0 < number < entry.sequence and entries[number - 1].kind == "reserve"):
+            yield Problem(entry.sequence, f"entry {entry.sequence} commits entry {number}, which is no reservation")
+        elif number in committed:
+            yield Problem(
+                entry.sequence, f"entry {entry.sequence} commits entry {number} again, after entry {committed[number]}"
+            )
+        committed.setdefault(number, entry.sequence)
+
+
+def _figure_problems(figures: Sequence[Figure]) -> Iterator[Problem]:
+    """Yield what is wrong with the figures themselves."""
+    for figure in figures:
+        where = f"entry {figure.sequence} states ε={figure.stated:.4f}"
+        if not math.isclose(figure.stated, figure.recomputed, rel_tol=_SAME, abs_tol=1e-6):
+            yield Problem(figure.sequence, f"{where}, but what is booked comes to {figure.recomputed:.4f}")
+        elif figure.renyi is not None and figure.stated > figure.renyi * _OVER_RENYI:
+            yield Problem(figure.sequence, f"{where}, above the {figure.renyi:.4f} that Rényi DP guarantees")
+        elif figure.at_least is not None and figure.stated < figure.at_least * (1 - _SAME):
+            yield Problem(figure.sequence, f"{where}, but the true value is at least {figure.at_least:.4f}")
+
+
+def _budget_problems(entries: Sequence[Entry], figures: Sequence[Figure]) -> Iterator[Problem]:
+    for figure in figures:
+        stored = stored_budget(entries[: figure.sequence])
+        allowed = figure.budget
+        if (
+            stored is None
+            or allowed.epsilon > stored.epsilon
+            or (allowed.delta, allowed.unit)
+            != (
+                stored.delta,
+                stored.unit,
+            )
+        ):
+            yield Problem(figure.sequence, f"entry {figure.sequence} was admitted under a budget that was not in force")
+        elif figure.stated > allowed.epsilon * (1 + 1e-9):
+            yield Problem(
+                figure.sequence,
+                f"entry {figure.sequence} was admitted at ε={figure.stated:.4f}, above the budget of "
+                f"{allowed.epsilon:g}",
+            )

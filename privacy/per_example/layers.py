@@ -1,0 +1,92 @@
+"""Which layers have a rule, and the exchange of their forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+
+from privacy.per_example.dora import dora_rule
+from privacy.per_example.embedding import embedding_rule, lora_embedding_rule
+from privacy.per_example.linear import linear_rule
+from privacy.per_example.recorder import Forward, Recorder
+from privacy.per_example.scale import norm_rule
+
+__all__ = ["PatchedForwards", "couples_examples", "layers_without_native_rule"]
+
+_RULES: tuple[Callable[[nn.Module, Recorder], Forward | None], ...] = (
+    linear_rule,
+    norm_rule,
+    embedding_rule,
+    lora_embedding_rule,
+    dora_rule,
+)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class PatchedForwards:
+    """The exchanged forwards of all layers that hold a trained parameter; every layer must have a rule.
+
+    The rule is set as `forward` of the module object, beside its class's own, so `close` only has to delete it.
+    """
+
+    def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter], recorder: Recorder) -> None:
+        self._patched: list[nn.Module] = []
+        for name, module in _layers(network, trained):
+            forward = _rule_for(name, module, recorder)
+            if forward is None:
+                self.close()
+                raise ValueError(f"{name} ({type(module).__name__}) has no per-example gradient rule")
+            module.forward = forward
+            self._patched.append(module)
+
+    def close(self) -> None:
+        """Put every module's own forward back."""
+        for module in self._patched:
+            del module.forward
+        self._patched = []
+
+
+def layers_without_native_rule(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return `name (type)` of every layer that holds a trained parameter and has no rule."""
+    recorder = Recorder(trained)
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in _layers(network, trained)
+        if _rule_for(name, module, recorder) is None
+    ]
+
+
+def couples_examples(network: nn.Module) -> list[str]:
+    """Return `name (type)` of every batch norm, trained or frozen: it mixes the examples of a batch.
+
+    No rule can undo that: the gradient of one example's loss would depend on the others, and no clip bounds it.
+    """
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in network.named_modules()
+        if isinstance(module, _BATCH_NORMS)
+    ]
+
+
+def _layers(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each layer that computes with a trained parameter: the holder, or for a dictionary of them its parent."""
+    wanted = {id(parameter) for parameter in trained.values()}
+    seen: set[int] = set()
+    for name, module in network.named_modules():
+        if not any(id(parameter) in wanted for parameter in module.parameters(recurse=False)):
+            continue
+        if isinstance(module, nn.ParameterDict | nn.ParameterList):
+            name = name.rpartition(".")[0]
+            module = network.get_submodule(name)
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield name, module
+
+
+def _rule_for(name: str, module: nn.Module, recorder: Recorder) -> Forward | None:
+    # Rows of a routed expert are tokens picked from many examples; a few of them may look like a batch. A forward set
+    # by somebody else (offloading) does more than the class says.
+    if "experts" in name.split(".") or "forward" in vars(module):
+        return None
+    return next((forward for rule in _RULES if (forward := rule(module, recorder)) is not None), None)

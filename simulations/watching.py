@@ -1,0 +1,136 @@
+"""Watching real training from outside: nothing in the code that trains knows that it is watched.
+
+Records are seen when they are looked up, gradients when the optimizer is given them (torch's own global hook).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from client.site import Site
+from conf.schema.site import SiteFile
+from finetuning.adapters import AdaptedModel
+from finetuning.batches import Example
+from finetuning.datasets import Row
+from privacy.doctor.subject import ObservedStep
+
+__all__ = ["StepLog", "WatchedSite", "frozen_digest", "gradient_of", "silenced", "without_dropout"]
+
+_COORDINATES = 4096
+"""Values of each tensor that are kept per step: enough for the tests, little memory for a large adapter."""
+
+
+@dataclass
+class StepLog:
+    """What was seen since the last step, and the steps of the current round."""
+
+    looked_up: list[int] = field(default_factory=lambda: list[int]())
+    steps: list[ObservedStep] = field(default_factory=lambda: list[ObservedStep]())
+
+    def step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Take one optimizer step's input."""
+        gradient = tuple(_thinned(gradient_of(p)) for group in optimizer.param_groups for p in group["params"])
+        self.steps.append(ObservedStep(tuple(self.looked_up), gradient))
+        self.looked_up.clear()
+
+    def take(self) -> tuple[ObservedStep, ...]:
+        """Return the steps so far and forget them."""
+        steps = tuple(self.steps)
+        self.steps.clear()
+        self.looked_up.clear()
+        return steps
+
+
+class _Watched(Sequence[Example]):
+    """A site's examples; a look-up by position is noted, reading all of them (for a fingerprint) is not."""
+
+    def __init__(self, examples: Sequence[Example], log: StepLog) -> None:
+        self._examples, self._log = examples, log
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        if isinstance(index, slice):
+            return self._examples[index]
+        self._log.looked_up.append(index)
+        return self._examples[index]
+
+
+class WatchedSite(Site):
+    """A site that is what it is, except that its examples are watched."""
+
+    def __init__(self, file: SiteFile, rows: Sequence[Row], log: StepLog) -> None:
+        super().__init__(file, rows=lambda: rows)
+        self._log = log
+
+    def _examples(self, adapted: AdaptedModel) -> Sequence[Example]:
+        return _Watched(super()._examples(adapted), self._log)
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's gradient, flat, in float64 on the CPU; zero where it has none."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.detach().flatten().cpu().double()
+
+
+def _thinned(values: torch.Tensor) -> torch.Tensor:
+    return values[:: math.ceil(len(values) / _COORDINATES)].clone()
+
+
+def frozen_digest(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> str:
+    """Return the SHA-256 (hex) of every parameter and buffer that is not trained."""
+    moving = {parameter.data_ptr() for parameter in trained.values()}
+    state = hashlib.sha256()
+    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()], key=lambda item: item[0]):
+        if tensor.data_ptr() not in moving:
+            state.update(name.encode())
+            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+@contextmanager
+def silenced(network: nn.Module) -> Generator[None]:
+    """Make the network's answer a constant: every record's gradient is exactly zero."""
+
+    def silence(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+        output.logits = output.logits * 0
+        return output
+
+    handle = network.register_forward_hook(silence)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Generator[None]:
+    """Switch off every dropout of the base; the adapter's is off already."""
+    changed: list[tuple[nn.Module, str, float]] = []
+    for module in network.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+        value = getattr(module, name, None)
+        if isinstance(value, float) and value > 0:
+            changed.append((module, name, value))
+            setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)

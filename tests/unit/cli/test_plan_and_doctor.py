@@ -1,0 +1,72 @@
+"""`cloister plan` and `cloister doctor` as a person or a script meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from privacy.doctor.diagnosis import CHECKS
+
+CHEAP = ("privacy.target_epsilon=null", "privacy.noise_multiplier=1", "privacy.batch_cap=null", "federation.rounds=2")
+
+
+def plan(*arguments: str):
+    return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "120"})
+
+
+def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
+    figure = tmp_path / "new" / "plan.png"
+    result = plan(*CHEAP, "--plot", str(figure))
+    assert result.exit_code == 0, result.output
+    for word in ("eastfield", "northgate", "█", "peft.rank=4", "what if", "3 runs on the same records"):
+        assert word in result.output
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_given_counts_as_json() -> None:
+    told = json.loads(plan(*CHEAP, "--records", "1000,2000", "--json").output)
+    assert [site["published"] for site in told["sites"]] == [1000, 2000]
+    assert told["sites"][0]["epsilon"] > told["sites"][1]["epsilon"] > 0
+    assert told["feasible"] is True
+    assert told["unit"] == "record"
+    assert told["trained_values"] == 53248
+
+
+def test_without_privacy_it_says_so() -> None:
+    result = plan("privacy=none")
+    assert result.exit_code == 0
+    assert "nothing is protected" in result.output
+    told = json.loads(plan("privacy=none", "--json").output)
+    assert {site["epsilon"] for site in told["sites"]} == {None}
+
+
+def test_what_cannot_be_is_named_with_a_way_out() -> None:
+    result = plan(*CHEAP, "--records", "50,1000")
+    assert result.exit_code == 5
+    assert "feasible with federation.local.expected_batch_size=50" in result.output
+
+
+def test_many_sites_are_told_by_a_few() -> None:
+    counts = ",".join(str(1000 + 10 * n) for n in range(60))
+    told = json.loads(plan(*CHEAP, "--records", counts, "--json").output)
+    assert told["sites_in_all"] == 60
+    assert len(told["sites"]) == 8
+    assert [told["sites"][0]["published"], told["sites"][-1]["published"]] == [1000, 1590]
+
+
+def test_counts_must_be_counts() -> None:
+    result = plan("--records", "1000,many")
+    assert "give positive counts with commas" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_the_doctor_passes_a_run_without_privacy() -> None:
+    result = CliRunner().invoke(app, ["doctor", "privacy=none", "experiment=smoke", "--json"])
+    told = json.loads(result.output)
+    assert (result.exit_code, told["exit_code"]) == (0, 0)
+    assert [line["code"] for line in told["checks"]] == list(CHECKS)
+    verdicts = {line["code"]: line["passed"] for line in told["checks"]}
+    assert verdicts[10] is verdicts[11] is verdicts[12] is verdicts[17] is True
+    assert verdicts[15] is verdicts[18] is verdicts[21] is None

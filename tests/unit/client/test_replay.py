@@ -1,0 +1,103 @@
+"""A repeated question is answered with the same bits, for free; another question is charged."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from client import rounds
+from client.site import Site
+from client.training import Trained
+from protocol.instructions import Instruction, Reply
+
+Make = Callable[..., Any]
+
+
+def stated(reply: Reply) -> int:
+    assert reply.header.status == "trained", reply.header.reason
+    assert reply.header.privacy is not None
+    return reply.header.privacy.steps_executed
+
+
+@pytest.fixture
+def experiment(small: Make) -> Any:
+    return small("privacy.insecure_seed=null", "federation.rounds=4")
+
+
+@pytest.fixture
+def site(make_site: Make, experiment: Any) -> Site:
+    return make_site(experiment)
+
+
+@pytest.fixture
+def asked(instruct: Make, experiment: Any) -> Instruction:
+    return instruct(experiment)
+
+
+def same(left: Reply, right: Reply) -> bool:
+    return all(torch.equal(left.tensors[name], right.tensors[name]) for name in left.tensors)
+
+
+def test_a_repeated_message_gets_the_same_bits_and_costs_nothing(site: Site, asked: Instruction) -> None:
+    once, again = site.handle(asked), site.handle(asked)
+    assert same(once, again)
+    assert stated(once) == stated(again) == 2
+
+
+def test_the_same_bits_after_a_restart(site: Site, asked: Instruction, make_site: Make, experiment: Any) -> None:
+    once = site.handle(asked)
+    site.close()
+    again = make_site(experiment).handle(asked)
+    assert same(once, again)
+    assert stated(again) == 2
+
+
+def test_another_adapter_in_the_same_round_is_charged_and_gets_other_noise(
+    site: Site, asked: Instruction, instruct: Make, experiment: Any
+) -> None:
+    once = site.handle(asked)
+    adapted = site._adapted(asked.header.plan)
+    moved = {name: tensor + 1e-3 for name, tensor in adapted.initial(experiment.seed).items()}
+    frozen = adapted.initial(experiment.seed).keys() - asked.tensors.keys()
+    moved |= {name: adapted.initial(experiment.seed)[name] for name in frozen}
+    other = site.handle(instruct(experiment, adapter=moved))
+    assert not same(once, other)
+    assert stated(other) == 4
+
+
+def test_a_crash_counts_as_spent_and_its_repetition_is_free(
+    site: Site, asked: Instruction, instruct: Make, experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(rounds, "train", crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            site.handle(asked)
+    assert site.state.spent() > 0
+    assert stated(site.handle(asked)) == 2
+    assert stated(site.handle(instruct(experiment, round_number=2))) == 4
+
+
+def test_other_bits_for_the_same_question_are_thrown_away_and_charged(
+    site: Site, asked: Instruction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an update of a library that rounds differently: released, they would differ by rounding alone."""
+    once = site.handle(asked)
+    honest, calls = rounds.train, []
+
+    def on_another_machine(*arguments: Any) -> Trained:
+        trained = honest(*arguments)
+        calls.append(trained)
+        return replace(trained, update={name: tensor + 1e-6 for name, tensor in trained.update.items()})
+
+    monkeypatch.setattr(rounds, "train", on_another_machine)
+    again = site.handle(asked)
+    assert len(calls) == 2
+    assert stated(again) == 4
+    name = next(iter(once.tensors))
+    assert (once.tensors[name] - again.tensors[name]).abs().max() > 1e-4, "independent noise, not the same noise again"
+
+
+def crash(*_: Any) -> Trained:
+    raise RuntimeError("power failure")

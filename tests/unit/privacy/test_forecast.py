@@ -1,0 +1,136 @@
+"""The forecast: the formula against a simulation, the plan's own numbers, and fixes that fix."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conf.compose import compose_experiment
+from conf.schema.federation import LocalTraining
+from conf.schema.privacy import ClientLevel, ExampleLevel, NoPrivacy
+from privacy.accounting import epsilon_of
+from privacy.forecast import (
+    Outlook,
+    Scenario,
+    client_outlook,
+    forecast,
+    nearest_feasible,
+    of_rank,
+    search_cost,
+    signal_to_noise,
+    variations,
+)
+from privacy.mechanisms import SubsampledGaussian
+from privacy.plan import build_plan
+
+FIXED = ExampleLevel(noise_multiplier=1.0, batch_cap=None)
+LOCAL = LocalTraining(steps=2, expected_batch_size=10)
+SCENARIO = Scenario("here", FIXED, LOCAL, rounds=3, published=1000, sites=4, parameters=400)
+
+
+def test_the_ratio_is_that_of_a_simulated_run_at_its_best() -> None:
+    """All gradients at the clip norm and parallel. The norm of 400·8 Gaussians is known to 5/√(2·3200): 1e-6."""
+    plan = build_plan(FIXED, LOCAL, rounds=3, published_units=1000, num_units=1000)
+    generator = np.random.default_rng(0)
+    steps, sites, d = 6, 4, 400
+    noise = generator.normal(0, 1.0 / 10, (8, sites, steps, d)).sum(axis=2).mean(axis=1)
+    measured = steps * 1.0 / math.sqrt(np.square(noise).sum(axis=1).mean())
+    assert signal_to_noise(plan, d, sites=sites, rounds=3) == pytest.approx(measured, rel=5 / math.sqrt(2 * 3200))
+
+
+def test_an_outlook_is_the_plan_that_sites_would_build() -> None:
+    (outlook,) = forecast([SCENARIO])
+    plan = build_plan(FIXED, LOCAL, rounds=3, published_units=1000, num_units=1000)
+    assert (outlook.noise_multiplier, outlook.delta, outlook.relation) == (1.0, plan.delta, plan.relation)
+    assert [number for number, _ in outlook.curve] == [1, 2, 3]
+    assert outlook.curve[1][1] == plan.epsilon([plan.mechanism(4)])
+    assert outlook.epsilon == plan.epsilon([plan.whole_run])
+    assert outlook.snr_run == pytest.approx(math.sqrt(3) * outlook.snr_round)
+
+
+def test_without_privacy_nothing_is_promised() -> None:
+    (outlook,) = forecast([replace(SCENARIO, privacy=NoPrivacy())])
+    assert (outlook.epsilon, outlook.noise_multiplier, outlook.snr_run) == (math.inf, 0.0, math.inf)
+    assert outlook.curve == ()
+    assert outlook.problem == ""
+
+
+def test_a_long_run_is_looked_at_in_few_rounds() -> None:
+    (outlook,) = forecast([replace(SCENARIO, rounds=1000, curve_points=4)])
+    assert [number for number, _ in outlook.curve] == [1, 334, 667, 1000]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "published", "problem"),
+    [
+        (FIXED, 5, r"sampling rate is 2.*lower federation.local.expected_batch_size"),
+        (ExampleLevel(noise_multiplier=1.0, delta=0.01), 100, r"not below 1/n"),
+        (ExampleLevel(target_epsilon=0.001, delta=1e-5, batch_cap=None), 11, r"too small|noise multiplier of 1000"),
+        (ExampleLevel(target_epsilon=4.0, loss_noise_multiplier=0.2, batch_cap=None), 1000, r"loss_noise_multiplier"),
+    ],
+)
+def test_every_fix_fixes(privacy: ExampleLevel, published: int, problem: str) -> None:
+    """Each proposed override, applied on its own to the same site, makes the scenario feasible."""
+    scenario = replace(SCENARIO, privacy=privacy, published=published, rounds=6, curve_points=1)
+    (outlook,) = forecast([scenario])
+    assert outlook.epsilon is None
+    with pytest.raises(AssertionError, match=problem):
+        assert not outlook.problem, outlook.problem
+    assert outlook.fixes
+    for fix in outlook.fixes:
+        (again,) = forecast([applied(scenario, fix)])
+        assert again.problem == "", fix
+
+
+def applied(scenario: Scenario, fix: str) -> Scenario:
+    path, text = fix.split("=")
+    value = None if text == "null" else float(text)
+    group, name = path.rsplit(".", 1)
+    if group == "privacy":
+        return replace(scenario, privacy=scenario.privacy.model_copy(update={name: value}))
+    if group == "federation.local":
+        return replace(scenario, local=scenario.local.model_copy(update={name: value}))
+    return replace(scenario, rounds=int(text))
+
+
+def test_a_feasible_scenario_needs_no_fix() -> None:
+    assert nearest_feasible(SCENARIO) == ()
+    assert nearest_feasible(replace(SCENARIO, privacy=NoPrivacy())) == ()
+
+
+def test_variations_are_overrides_that_compose() -> None:
+    labels = [each.label for each in variations(replace(SCENARIO, privacy=ExampleLevel(target_epsilon=8.0)))]
+    assert labels == [
+        "federation.local.expected_batch_size=20",
+        "federation.local.expected_batch_size=40",
+        "federation.rounds=1",
+        "privacy.target_epsilon=4",
+    ]
+    compose_experiment(labels)
+    assert not any("batch" in each.label for each in variations(replace(SCENARIO, published=15)))
+
+
+def test_a_smaller_rank_costs_the_same_and_has_less_noise() -> None:
+    (outlook,) = forecast([SCENARIO])
+    smaller = of_rank(outlook, 4, 400, 100)
+    assert smaller.snr_run == pytest.approx(2 * (outlook.snr_run or 0))
+    assert smaller.epsilon == outlook.epsilon
+    assert of_rank(outlook, 4, None, None).snr_run is None
+
+
+def test_searching_is_spending() -> None:
+    (outlook,) = forecast([SCENARIO])
+    expected = epsilon_of([SubsampledGaussian(0.01, 1.0, 18)], 1e-4)
+    assert search_cost(SCENARIO, outlook, 3) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_federation_of_whole_sites_has_one_line() -> None:
+    line = client_outlook(ClientLevel(noise_multiplier=4.0), rounds=9, sites=100, cohort=10, parameters=25)
+    assert line.epsilon == pytest.approx(epsilon_of([SubsampledGaussian(1.0, 4.0, 9)], 1e-3))
+    assert line.snr_round == pytest.approx(10 / (4 * 5))
+    assert line.snr_run == pytest.approx(3 * 10 / (4 * 5))
+    refused = client_outlook(ClientLevel(noise_multiplier=4.0, delta=0.5), rounds=9, sites=4, cohort=4, parameters=None)
+    assert isinstance(refused, Outlook)
+    assert "not below 1/n=0.25" in refused.problem
+    assert refused.fixes == ("privacy.delta=null",)
