@@ -29,9 +29,13 @@ def unit_vectors(size: int) -> Callable[[], np.ndarray]:
 
 
 def noise_matrix(factorization: Factorization, rounds: int = ROUNDS) -> np.ndarray:
-    """Row t holds the weights of all draws in round t's noise."""
-    noise, draw = factorization.start(), unit_vectors(2 * rounds)
-    return np.array([noise.next(draw) for _ in range(rounds)])
+    """Row t holds the weights of all draws in round t's noise. What a stream hands out may be overwritten."""
+    noise, draw, rows = factorization.start(), unit_vectors(2 * rounds), np.empty((rounds, 2 * rounds))
+    for row in rows:
+        handed_out = noise.next(draw)
+        row[:] = handed_out
+        handed_out[:] = np.nan
+    return rows
 
 
 @every
