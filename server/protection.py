@@ -8,16 +8,16 @@ from typing import Protocol
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel
-from privacy.accounting import ACCOUNTANT
+from privacy.accounting import accountant_of
 from privacy.client_level import ClientLevelPlan, bounded_weights, build_client_level_plan
 from privacy.client_release import ClientLevelRelease, ClippedSum
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import Reservation
 from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest
-from server.budget import commit, open_budget, reserve
+from server.budget import RunBudget, open_budget
 from server.cohort import Invitations, Member, draw_cohort, draw_within_limits, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
@@ -93,8 +93,9 @@ def protection_for(
     counts = {member.site: member.card.published_records for member in members}
     weights = bounded_weights(counts, experiment.strategy.weights, privacy.max_weight)
     plan = build_client_level_plan(privacy, experiment.federation, weights)
-    ledger = open_budget(directory.path / "server_ledger.db", privacy, plan)
-    return ClientLevelProtection(experiment, privacy.insecure_seed, plan, members, ledger, directory.run)
+    sites, digest_of_plan = (member.site for member in members), client_plan(experiment, directory.run).digest
+    budget = open_budget(directory.path, privacy, plan, sites, directory.run, digest_of_plan)
+    return ClientLevelProtection(experiment, privacy.insecure_seed, plan, members, budget)
 
 
 class NoProtection:
@@ -146,16 +147,16 @@ class ClientLevelProtection:
         insecure_seed: int | None,
         plan: ClientLevelPlan,
         members: tuple[Member, ...],
-        ledger: Ledger,
-        run: str,
+        budget: RunBudget,
     ) -> None:
         self._experiment, self._plan, self._members = experiment, plan, members
         self._insecure_seed = insecure_seed
-        self._ledger, self._run = ledger, run
+        self._budget = budget
         self._invitations = Invitations()
         self._release = ClientLevelRelease(plan)
         self._round = 0
         self._reservation: Reservation | None = None
+        self._released = ""
         self._sum: ClippedSum | None = None
 
     @property
@@ -183,7 +184,7 @@ class ClientLevelProtection:
         self._sum = self._release.new_sum(layout)
         mechanism = self._plan.mechanism(round_number)
         if mechanism is not None:
-            self._reservation = reserve(self._ledger, self._run, round_number, mechanism)
+            self._reservation = self._budget.reserve(round_number, mechanism)
 
     def fold(self, site: str, reply: Reply) -> None:
         """Fold one clipped update, with the site's bounded weight."""
@@ -192,22 +193,24 @@ class ClientLevelProtection:
     def combined(self) -> NamedTensors:
         """Return the noised sum over the public normalizer; the exact sum is dropped."""
         folded, self._sum = self._folded, None
-        return self._release.release(folded, self._stream("noise", self._round, _digest(folded)))
+        released = self._release.release(folded, self._stream("noise", self._round, _digest(folded)))
+        self._released = digest(released)
+        return released
 
     def commit(self) -> PrivacyStatement:
         """Commit the reservation, and return the run's statement."""
         if self._reservation is not None:
-            commit(self._ledger, self._reservation)
+            self._budget.commit(self._reservation, self._released)
             self._reservation = None
-        plan, spent = self._plan, self._ledger.spent()
+        plan, spent = self._plan, self._budget.ledger.spent()
         return PrivacyStatement(
             unit="site",
             relation=plan.relation,
             epsilon_run=spent,
             epsilon_total=spent,
-            epsilon_budget=self._ledger.budget.epsilon,
+            epsilon_budget=self._budget.ledger.budget.epsilon,
             delta=plan.delta,
-            accountant=ACCOUNTANT,
+            accountant=accountant_of([plan.whole_run]),
             noise_multiplier=plan.noise_multiplier,
             clip_norm=self.clip_norm,
             sampling_rate=plan.sampling_rate,
@@ -221,7 +224,7 @@ class ClientLevelProtection:
 
     def close(self) -> None:
         """Release the ledger's file."""
-        self._ledger.close()
+        self._budget.ledger.close()
 
     @property
     def _folded(self) -> ClippedSum:
