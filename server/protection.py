@@ -18,7 +18,7 @@ from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest
 from server.budget import RunBudget, open_budget
-from server.cohort import Invitations, Member, draw_cohort, draw_within_limits, weights_of
+from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
 from strategies.base import Aggregator, Strategy
@@ -152,7 +152,6 @@ class ClientLevelProtection:
         self._experiment, self._plan, self._members = experiment, plan, members
         self._insecure_seed = insecure_seed
         self._budget = budget
-        self._invitations = Invitations()
         self._release = ClientLevelRelease(plan)
         self._round = 0
         self._reservation: Reservation | None = None
@@ -166,17 +165,14 @@ class ClientLevelProtection:
 
     def cohort(self, round_number: int) -> tuple[Member, ...]:
         """Return a Poisson cohort, which may be empty, or `cohort_size` sites within the participation limits."""
-        federation, seed, limits = self._experiment.federation, self._experiment.seed, self._plan.participation
+        federation, seed = self._experiment.federation, self._experiment.seed
         if self._plan.secret_cohort:
             sampling = PoissonSampling(self._plan.sampling_rate, self._plan.population)
             drawn = sampling.draw(self._plan.population, self._stream("cohort", round_number))
             return tuple(self._members[position] for position in drawn)
-        if limits is None:
+        if self._plan.participation is None:
             return draw_cohort(self._members, federation.cohort_size, seed, round_number)
-        size = federation.cohort_size or len(self._members)
-        cohort = draw_within_limits(self._members, size, seed, round_number, limits, self._invitations)
-        self._invitations = self._invitations.extended(cohort, round_number)
-        return cohort
+        return draw_in_rotation(self._members, federation.cohort_size or len(self._members), seed, round_number)
 
     def reserve(self, round_number: int, layout: Layout) -> None:
         """Book the round; with correlated noise, the whole run before round 1."""
