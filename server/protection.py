@@ -152,6 +152,7 @@ class ClientLevelProtection:
         self._experiment, self._plan, self._members = experiment, plan, members
         self._insecure_seed = insecure_seed
         self._budget = budget
+        self._settings = client_plan(experiment, "any").digest
         self._release = ClientLevelRelease(plan)
         self._round = 0
         self._reservation: Reservation | None = None
@@ -189,7 +190,7 @@ class ClientLevelProtection:
     def combined(self) -> NamedTensors:
         """Return the noised sum over the public normalizer; the exact sum is dropped."""
         folded, self._sum = self._folded, None
-        released = self._release.release(folded, self._stream("noise", self._round, _digest(folded)))
+        released = self._release.release(folded, self._stream("noise", self._settings, self._round, _digest(folded)))
         self._released = digest(released)
         return released
 
@@ -231,13 +232,12 @@ class ClientLevelProtection:
     def _stream(self, *context: str | int) -> SecureStream:
         """Return fresh randomness: the operating system's, unless it is to be repeatable.
 
-        A repeatable stream is bound to the experiment and, for noise, to the exact sum that it is added to: the same
-        noise never lies on two different sums, or their difference would be free of it.
+        Repeatable noise is bound to the settings and to the exact sum that it is added to: the same noise never lies
+        on two different sums, or their difference would be free of it.
         """
         if self._insecure_seed is None:
             return SecureStream.from_operating_system()
-        settings = client_plan(self._experiment, "any").digest
-        return SecureStream.insecure(self._insecure_seed, "server", settings, *context)
+        return SecureStream.insecure(self._insecure_seed, "server", *context)
 
 
 def _digest(folded: ClippedSum) -> str:
