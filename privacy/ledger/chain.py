@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class Entry:
     @property
     def expected_hash(self) -> str:
         """The hash that the other fields give."""
-        covered = {name: value for name, value in asdict(self).items() if name not in ("hash", "signature")}
+        covered = {name: getattr(self, name) for name in _COVERED}
         return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
 
     def is_signed_by(self, key: VerifyingKey) -> bool:
@@ -67,6 +67,9 @@ class Entry:
         except ValueError:
             return False
         return key.accepts(signature, _SIGNED + self.hash.encode())
+
+
+_COVERED = tuple(field.name for field in fields(Entry) if field.name not in ("hash", "signature"))
 
 
 @dataclass(frozen=True)
