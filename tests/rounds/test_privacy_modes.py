@@ -20,7 +20,9 @@ def site_of(tmp_path: Path, *overrides: str) -> dict[str, Any]:
 
 def test_users_are_drawn_protected_and_booked_as_users(tmp_path: Path) -> None:
     """Eastfield's 1200 records are those of 825 patients, published as 830."""
-    stated = site_of(tmp_path, "privacy=user_level", "privacy.insecure_seed=1", "federation.local.expected_batch_size=12")
+    stated = site_of(
+        tmp_path, "privacy=user_level", "privacy.insecure_seed=1", "federation.local.expected_batch_size=12"
+    )
     assert stated["unit"] == "user"
     assert stated["relation"].startswith("add or remove one user of a site, with all of the user's records")
     assert stated["sampling_rate"] == pytest.approx(12 / 830)
