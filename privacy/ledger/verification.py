@@ -19,7 +19,7 @@ from privacy.ledger.keys import VerifyingKey
 from privacy.ledger.recompute import lower_bound, renyi_bound
 from privacy.ledger.store import Snapshot
 
-__all__ = ["Figure", "Problem", "Verification", "figures_of", "verify"]
+__all__ = ["Figure", "Problem", "Verification", "figures_of", "structural_problems", "verify"]
 
 _SAME = 0.02
 """Relative; the grid of the accountant converges to one percent, and a later release may converge further."""
@@ -79,15 +79,25 @@ def verify(snapshot: Snapshot, key: VerifyingKey, head: str | None = None) -> Ve
     """
     entries = snapshot.entries
     last = entries[-1].hash if entries else GENESIS
-    fault = first_fault(entries, key)
-    if fault is not None:
-        return Verification(len(entries), last, (Problem(fault.sequence, fault.text),), ())
-    problems = [*_head_problems(entries, head), *_data_problems(snapshot), *_commit_problems(entries)]
-    if problems:
-        return Verification(len(entries), last, tuple(problems), ())
+    broken = (*structural_problems(snapshot, key), *_head_problems(entries, head))
+    if broken:
+        return Verification(len(entries), last, broken, ())
     figures = figures_of(snapshot)
     budgets = _budget_problems(entries, figures)
     return Verification(len(entries), last, (*_figure_problems(figures), *budgets), figures)
+
+
+def structural_problems(snapshot: Snapshot, key: VerifyingKey | None) -> tuple[Problem, ...]:
+    """Return the first fault of the chain, or else what is wrong with data sets and commits.
+
+    Args:
+        snapshot: the ledger.
+        key: the site's public key; None leaves the signatures unchecked.
+    """
+    fault = first_fault(snapshot.entries, key)
+    if fault is not None:
+        return (Problem(fault.sequence, fault.text),)
+    return (*_data_problems(snapshot), *_commit_problems(snapshot.entries))
 
 
 def figures_of(snapshot: Snapshot) -> tuple[Figure, ...]:

@@ -18,7 +18,12 @@ CLIENTS = ("privacy=client_level",)
 def header(*overrides: str, round_number: int = 1) -> InstructionHeader:
     plan = client_plan(compose_experiment(overrides), "run")
     return InstructionHeader(
-        round=round_number, plan=plan, plan_digest=plan.digest, base_digest="b" * 64, adapter_digest="a" * 64
+        round=round_number,
+        plan=plan,
+        plan_digest=plan.digest,
+        base_digest="b" * 64,
+        adapter_digest="a" * 64,
+        clip_norm=1.0 if plan.privacy.kind == "client_level" else None,
     )
 
 
