@@ -207,9 +207,10 @@ def _released(trained: Trained, job: TrainingJob) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if trained.noisy_loss is not None:
         metrics["noisy_training_loss"] = trained.noisy_loss
-    if not job.privacy.is_private and job.file.policy.release_training_loss:
+    protected = job.header.plan.privacy.kind != "none"
+    if not protected and job.file.policy.release_training_loss:
         metrics["training_loss"] = trained.diagnostics.mean_loss
-    return releasable(metrics, protected=job.privacy.is_private)
+    return releasable(metrics, protected=protected)
 
 
 def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> PrivacyStatement:
