@@ -127,7 +127,7 @@ def test_a_budget_too_small_for_any_filter_still_admits_a_declared_run(open_ledg
     ledger = open_ledger(0.002)
     quiet = SubsampledGaussian(0.001, 100.0, 1)
     assert ledger.reserve(booking(1, mechanism=quiet)).epsilon_after < 0.002
-    with pytest.raises(BudgetExceeded, match="to inf, above its budget of .*the Rényi filter"):
+    with pytest.raises(BudgetExceeded, match=r"to inf, above its budget of .*the Rényi filter"):
         ledger.reserve(booking(1, run="second", mechanism=quiet))
 
 
