@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from privacy.accounting import rdp_epsilon_of
 from privacy.ledger.admission import Rule, charges_of, rule_for, schedules_of, state
 from privacy.ledger.budget import Budget, stored_budget
 from privacy.ledger.chain import GENESIS, Entry, first_fault
 from privacy.ledger.keys import VerifyingKey
-from privacy.ledger.recompute import lower_bound, renyi_bound
+from privacy.ledger.recompute import lower_bound
 from privacy.ledger.store import Snapshot
 
 __all__ = ["Figure", "Problem", "Verification", "figures_of", "structural_problems", "verify"]
@@ -47,7 +48,7 @@ class Figure:
     recomputed: float
     """By the same rule, from the entries."""
     renyi: float | None
-    """An upper bound by a second accountant; None where it is none (the filter, cut batches, discrete noise)."""
+    """An upper bound by a second accountant; None for the filter, which may exceed it."""
     at_least: float | None
     """A lower bound by a third; computed for the last figure of each run, which is the one that counts."""
     budget: Budget
@@ -118,7 +119,6 @@ def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
     budget = Budget(**content["budget"])
     rule = rule_for(charges, schedules_of(until, concerned, content["run"]))
     mechanisms = [charge.mechanism for charge in charges]
-    plain = all(mechanism.truncation is None and not mechanism.discrete for mechanism in mechanisms)
     return Figure(
         sequence=entry.sequence,
         run=content["run"],
@@ -126,7 +126,7 @@ def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
         rule=rule,
         stated=content["epsilon_after"],
         recomputed=state(rule, charges, budget, until).epsilon,
-        renyi=renyi_bound(mechanisms, budget.delta) if plain and rule == "schedule" else None,
+        renyi=rdp_epsilon_of(mechanisms, budget.delta) if rule == "schedule" else None,
         at_least=lower_bound(mechanisms, budget.delta) if is_last else None,
         budget=budget,
     )

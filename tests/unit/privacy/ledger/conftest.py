@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from glob import glob
@@ -82,7 +83,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("PostgreSQL refuses to run as root, and setpriv is missing")
     binaries = Path(found[-1])
     # Not below pytest's folder: that one is closed to other users, and a socket's path must be short.
-    folder = Path(subprocess.check_output(["mktemp", "-d", "/tmp/cloister-pg-XXXXXX"], text=True).strip())
+    folder = Path(tempfile.mkdtemp(prefix="cloister-pg-"))
     other = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
     if other:
         shutil.chown(folder, "postgres", "postgres")
@@ -100,7 +101,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
     finally:
         if (data / "postmaster.pid").exists():
-            run(str(binaries / "pg_ctl"), "-D", str(data), "-m", "fast", "-w", "stop")
+            run(str(binaries / "pg_ctl"), "-D", str(data), "-m", "immediate", "-w", "stop")
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -75,7 +75,7 @@ def test_steps_without_noise_are_refused(open_ledger, booking) -> None:
 
 
 def filtered(*mechanisms: SubsampledGaussian, budget: float = 10.0) -> float:
-    return RenyiFilter(budget, DELTA).epsilon(list(mechanisms))
+    return RenyiFilter(budget, DELTA).epsilon_of(list(mechanisms))
 
 
 def test_one_run_as_declared_is_composed_exactly_and_anything_else_goes_through_the_filter(
@@ -121,6 +121,14 @@ def test_the_order_of_the_filter_is_that_of_the_budget_at_the_first_booking(open
     lowered = open_ledger(6.0)
     assert lowered.reserve(booking(1, run="second")).epsilon_after == pytest.approx(filtered(STEP, STEP))
     assert filtered(STEP, STEP) != pytest.approx(filtered(STEP, STEP, budget=6.0), rel=1e-3)
+
+
+def test_a_budget_too_small_for_any_filter_still_admits_a_declared_run(open_ledger, booking) -> None:
+    ledger = open_ledger(0.002)
+    quiet = SubsampledGaussian(0.001, 100.0, 1)
+    assert ledger.reserve(booking(1, mechanism=quiet)).epsilon_after < 0.002
+    with pytest.raises(BudgetExceeded, match=r"to inf, above its budget of .*the Rényi filter"):
+        ledger.reserve(booking(1, run="second", mechanism=quiet))
 
 
 # -- replays

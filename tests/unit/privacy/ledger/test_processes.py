@@ -117,7 +117,7 @@ def test_postgresql_keeps_the_same_ledger(postgres_url, site_key, people, bookin
     overlapping = Ledger(postgres_url.replace("postgresql:", "postgresql+psycopg:"), site_key, people(49, 60), budget)
     assert overlapping.spent() == ledger.spent() == pytest.approx(epsilon_of([STEP], DELTA))
     after = overlapping.reserve(booking(1, run="second")).epsilon_after
-    assert after == pytest.approx(RenyiFilter(10.0, DELTA).epsilon([STEP, STEP]))
+    assert after == pytest.approx(RenyiFilter(10.0, DELTA).epsilon_of([STEP, STEP]))
     journal = Journal(postgres_url, site_key)
     journal.set_budget(Budget(0.1, DELTA), "")
     with pytest.raises(BudgetExceeded):
