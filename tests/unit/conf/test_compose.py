@@ -38,6 +38,13 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "model.dtype='fp8': input should be 'fp32', 'bf16' or 'fp16'" in text
 
 
+@pytest.mark.parametrize("privacy", ["example_level", "user_level", "client_level"])
+def test_a_loss_in_clear_belongs_to_no_private_run(privacy: str) -> None:
+    """Nor to a client-level one: the server's noise covers the update alone."""
+    text = problems(f"privacy={privacy}", "federation.release_training_loss=true")
+    assert "federation.release_training_loss=true would send losses that no ε covers" in text
+
+
 def test_a_mistyped_key_is_never_silently_added() -> None:
     assert "federation.local.stepz is not a known key; did you mean steps?" in problems("+federation.local.stepz=3")
 
