@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from conf.schema.federation import Federation
 from conf.schema.privacy import AdaptiveClip, ClientLevel, IndependentNoise
@@ -23,7 +22,11 @@ from privacy.correlated.participation import Participation
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import default_delta
 from protocol.errors import PrivacyError
-from protocol.tensors import NamedTensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from protocol.tensors import NamedTensors
 
 __all__ = ["ClientLevelPlan", "bounded_weights", "build_client_level_plan", "clip_update", "update_norm"]
 
