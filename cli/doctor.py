@@ -29,7 +29,8 @@ def doctor_command(
     10 adapters move; 11 base stays; 12 per-example gradients equal the loop; 13 one unit moves the sum by at most the
     clip norm; 14 release is scaled by a public constant; 15 noise has the calibrated deviation; 16 noise is Gaussian
     and fresh; 17 sampler is Poisson at the booked rate; 18 booked is what was executed; 19 an empty batch is a step;
-    20 stated ε is the price of all rounds; 21 δ is for the whole run; 22 no metric leaves unprotected.
+    20 stated ε is the price of all rounds; 21 δ is for the whole run; 22 no metric leaves unprotected; 23 updates are
+    clipped as a whole.
 
     A check that rests on statistics fails a healthy program once in a million runs.
     """
@@ -73,7 +74,7 @@ def _print_lines(experiment: Experiment, verdicts: Mapping[int, Verdict]) -> Non
     applied = sum(verdict.passed is not None for verdict in verdicts.values())
     console.print(f"\n{applied - failed} of {applied} checks passed for privacy={experiment.privacy.kind}")
     if experiment.privacy.kind == "client_level":
-        console.print("the noise on the sum of updates is the server's: these checks look at a site")
+        console.print("not examined: the noise on the sum of updates, and its price, are the server's")
 
 
 def _print_json(experiment: Experiment, verdicts: Mapping[int, Verdict]) -> None:

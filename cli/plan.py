@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
     from conf.schema.experiment import Experiment
-    from privacy.forecast import Outlook
+    from privacy.forecast import Outlook, Scenario
 
 __all__ = ["plan_command"]
 
 _SHOWN = 8
 """Distinct published counts that are looked at; of more, evenly spread ones."""
 _SEARCHES = (3, 10)
+_GROUPS = (2, 4, 8)
+"""Records of one person whose ε is told where each record is protected alone."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ class _Forecast:
     outlooks: tuple[Outlook, ...]
     neediest: Outlook | None
     others: tuple[Outlook, ...]
-    searches: tuple[tuple[int, float], ...]
+    searches: tuple[tuple[int, float, float], ...]
+    """Runs, ε when all of them are told, and ε when the best of a random number of them is."""
+    groups: tuple[tuple[int, float], ...]
+    """Records of one person, and the ε of all of them together."""
     parameters: int | None
 
     @property
@@ -82,54 +87,75 @@ def _counts(experiment: Experiment, records: str | None) -> dict[str, int]:
         if not all(part.isdigit() and int(part) > 0 for part in parts):
             raise ConfigError(f"--records={records}: give positive counts with commas, such as --records 1000,2000")
         return {f"site-{number}": int(part) for number, part in enumerate(parts, start=1)}
+    from conf.schema.privacy import local_privacy
     from finetuning.datasets import read_rows, split_rows
-    from simulations.partition import partition, published_count
+    from simulations.partition import partition, published_count, users_of
 
     rows, _ = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
     sites = partition(rows, experiment.data.partition, experiment.seed)
-    column = getattr(experiment.data, "user_column", None) if _unit(experiment) == "user" else None
-    return {
-        name: published_count(len(own) if column is None else len({row.get(column) for row in own}))
-        for name, own in sites.items()
-    }
+    column = experiment.data.user_column if local_privacy(experiment.privacy).kind == "user_level" else None
+    return {name: published_count(users_of(own, column) or len(own)) for name, own in sites.items()}
 
 
 def _forecast(experiment: Experiment, counts: dict[str, int]) -> _Forecast:
-    from conf.schema.privacy import ClientLevel, NoPrivacy, local_privacy
+    from conf.schema.privacy import NoPrivacy, local_privacy
     from finetuning.shapes import trained_values
-    from privacy.forecast import Scenario, client_outlook, forecast, of_rank, search_cost, variations
+    from privacy.forecast import Scenario, forecast, of_rank, variations
 
     def values(rank: int) -> int | None:
         peft = experiment.peft.model_copy(update={"rank": rank})
         return trained_values(experiment.model, peft, experiment.strategy, experiment.task)
 
-    federation, privacy = experiment.federation, local_privacy(experiment.privacy)
-    parameters, cohort = values(experiment.peft.rank), federation.cohort_size or len(counts)
-    whole: tuple[Outlook, ...] = ()
-    if isinstance(experiment.privacy, ClientLevel):
-        rounds = federation.rounds
-        whole = (
-            client_outlook(experiment.privacy, rounds=rounds, sites=len(counts), cohort=cohort, parameters=parameters),
-        )
-        if isinstance(privacy, NoPrivacy):
-            return _Forecast(len(counts), whole, None, (), (), parameters)
+    federation, privacy, rank = experiment.federation, local_privacy(experiment.privacy), experiment.peft.rank
+    parameters, cohort = values(rank), federation.cohort_size or len(counts)
+    whole = _whole_sites(experiment, counts, parameters)
+    if whole and isinstance(privacy, NoPrivacy):
+        return _Forecast(len(counts), whole, None, (), (), (), parameters)
     scenarios = [
         Scenario(name, privacy, federation.local, federation.rounds, published, cohort, parameters)
         for name, published in _spread(counts)
     ]
     # The smallest site is drawn from most often, and needs the most noise.
     least = min(scenarios, key=lambda scenario: scenario.published)
-    changed = variations(least)
     with _pool() as over:
-        outlooks = forecast([*scenarios, *changed], over)
-    sites, others = outlooks[: len(scenarios)], outlooks[len(scenarios) :]
-    neediest = sites[scenarios.index(least)]
-    if experiment.peft.rank > 1:
-        others.append(of_rank(neediest, experiment.peft.rank // 2, parameters, values(experiment.peft.rank // 2)))
-    searches: tuple[tuple[int, float], ...] = ()
-    if not neediest.problem and not isinstance(privacy, NoPrivacy):
-        searches = tuple((runs, search_cost(least, neediest, runs)) for runs in _SEARCHES)
-    return _Forecast(len(counts), (*whole, *sites), neediest, tuple(others), searches, parameters)
+        outlooks = forecast([*scenarios, *variations(least)], over)
+        sites, others = outlooks[: len(scenarios)], outlooks[len(scenarios) :]
+        neediest = sites[scenarios.index(least)]
+        searches, groups = _costs(least, neediest, over)
+    if rank > 1:
+        others.append(of_rank(neediest, rank // 2, parameters, values(rank // 2)))
+    return _Forecast(len(counts), (*whole, *sites), neediest, tuple(others), searches, groups, parameters)
+
+
+def _whole_sites(experiment: Experiment, counts: dict[str, int], parameters: int | None) -> tuple[Outlook, ...]:
+    """Return the line of a client-level federation; none where no whole site is protected."""
+    from conf.schema.privacy import ClientLevel
+    from privacy.client_level import bounded_weights
+    from privacy.forecast import client_outlook
+
+    privacy = experiment.privacy
+    if not isinstance(privacy, ClientLevel):
+        return ()
+    weights = bounded_weights(counts, experiment.strategy.weights, privacy.max_weight)
+    return (client_outlook(privacy, experiment.federation, weights, parameters),)
+
+
+def _costs(
+    least: Scenario, neediest: Outlook, over: Callable[..., Iterable[Any]]
+) -> tuple[tuple[tuple[int, float, float], ...], tuple[tuple[int, float], ...]]:
+    """Return what searching for settings costs, and what several records of one person cost."""
+    from functools import partial
+
+    from conf.schema.privacy import ExampleLevel, NoPrivacy
+    from privacy.forecast import group_cost, search_cost, selection_cost
+
+    if neediest.problem or isinstance(least.privacy, NoPrivacy):
+        return (), ()
+    sizes = _GROUPS if isinstance(least.privacy, ExampleLevel) else ()
+    groups = over(partial(group_cost, least, neediest), sizes)
+    told = over(partial(search_cost, least, neediest), _SEARCHES)
+    best = over(partial(selection_cost, least, neediest), _SEARCHES)
+    return tuple(zip(_SEARCHES, told, best, strict=True)), tuple(zip(sizes, groups, strict=True))
 
 
 def _spread(counts: dict[str, int]) -> list[tuple[str, int]]:
@@ -191,21 +217,22 @@ def _print(experiment: Experiment, found: _Forecast) -> None:
         if found.parameters is not None
         else "no SNR: the checkpoint is not on this machine, or holds no safetensors",
     )
-    for runs, epsilon in found.searches:
-        console.print(f"{runs} runs on the same records, to choose settings: ε={epsilon_text(epsilon)} in all")
+    if found.neediest is not None and found.groups:
+        several = ", ".join(f"{size} records ε={epsilon_text(epsilon)}" for size, epsilon in found.groups)
+        console.print(f"a person whose records are protected one by one, at {found.neediest.label}: {several}")
+    for runs, told, best in found.searches:
+        console.print(
+            f"{runs} runs on the same records, to choose settings: ε={epsilon_text(told)} in all; "
+            f"ε={epsilon_text(best)} if only the best of a Poisson number of them, mean {runs}, is told"
+        )
 
 
 def _print_json(experiment: Experiment, found: _Forecast) -> None:
     import json
-    import math
     from dataclasses import asdict
 
     def plain(outlook: Outlook) -> dict[str, Any]:
-        # JSON knows no infinity: without noise there is no ε, and no ratio.
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(outlook).items()
-        }
+        return {key: _finite(value) for key, value in asdict(outlook).items()}
 
     told = {
         "experiment": experiment.digest,
@@ -214,7 +241,18 @@ def _print_json(experiment: Experiment, found: _Forecast) -> None:
         "trained_values": found.parameters,
         "sites": [plain(each) for each in found.outlooks],
         "what_if": [plain(each) for each in found.others],
-        "search": [{"runs": runs, "epsilon": epsilon} for runs, epsilon in found.searches],
+        "search": [
+            {"runs": runs, "epsilon": _finite(told), "epsilon_of_best": _finite(best)}
+            for runs, told, best in found.searches
+        ],
+        "group": [{"records": size, "epsilon": _finite(epsilon)} for size, epsilon in found.groups],
         "feasible": not found.problems,
     }
     typer.echo(json.dumps(told, indent=1, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return None for infinity, which JSON does not know: without noise there is no ε, and no ratio."""
+    import math
+
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -62,7 +62,7 @@ class Site:
 
     def handle(self, instruction: Instruction) -> Reply:
         """Return the answer to an instruction: an update, or a refusal with its reason."""
-        return answer(instruction, self._work())
+        return answer(instruction, self.work())
 
     def rehearse(self, plan: ClientPlan) -> PrivacyPlan:
         """Check a plan against this site's data, model and budget; spends nothing, trains nothing.
@@ -70,15 +70,16 @@ class Site:
         Raises:
             CloisterError: naming what does not fit.
         """
-        return rehearse(plan, self._work())
+        return rehearse(plan, self.work())
+
+    def work(self) -> RoundWork:
+        """Return what this site brings to a round; `answer` and `rehearse` of `client.rounds` take it."""
+        return RoundWork(self.file, lambda: self.state, self._adapted, self._records)
 
     def close(self) -> None:
         """Release the site's files."""
         if "state" in self.__dict__:
             self.state.close()
-
-    def _work(self) -> RoundWork:
-        return RoundWork(self.file, lambda: self.state, self._adapted, self._records)
 
     def _training_rows(self) -> Sequence[Row]:
         """Return the site's records; only a split column keeps some of them out of training."""

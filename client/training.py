@@ -22,7 +22,7 @@ from privacy.randomness import SecureStream, inputs_digest, round_stream
 from protocol.instructions import InstructionHeader
 from protocol.tensors import NamedTensors, digest, subtract
 
-__all__ = ["Trained", "TrainingJob", "check_gradients", "train"]
+__all__ = ["Trained", "TrainingJob", "check_gradients", "round_rule", "train"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Trained:
 def train(job: TrainingJob, stream: SecureStream) -> Trained:
     """Return the update of one round, trained minus received; the network is left holding the trained adapter."""
     plan, asked = job.header.plan, job.asked
-    rule = _rule(job.privacy, asked, job.adapted, job.trained_names, stream)
+    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, stream)
     try:
         job.adapted.load(job.start)
         diagnostics = train_locally(
@@ -119,16 +119,21 @@ def check_gradients(
     Raises:
         PrivacyError: naming the first layer without a per-example rule, or a layer that couples examples.
     """
-    _rule(privacy, asked, adapted, trained_names, SecureStream.from_operating_system()).close()
+    round_rule(privacy, asked, adapted, trained_names, SecureStream.from_operating_system()).close()
 
 
-def _rule(
+def round_rule(
     privacy: PrivacyPlan,
     asked: LocalPrivacy,
     adapted: AdaptedModel,
     trained_names: frozenset[str],
     stream: SecureStream,
 ) -> GradientRule:
+    """Return the gradient rule of a round: the plan's, by the way of getting per-example gradients that is asked for.
+
+    Raises:
+        PrivacyError: as `privacy.gradients.gradient_rule` does.
+    """
     per_example, without_rule = "native", "one_by_one"
     if not isinstance(asked, NoPrivacy):
         per_example, without_rule = asked.per_example_gradients, asked.without_rule
@@ -138,11 +143,11 @@ def _rule(
 
 def _fingerprint(examples: Sequence[Example], units: Units) -> str:
     """Return the SHA-256 (hex) of a site's tokenized records, in the order in which they can be drawn."""
-    state = hashlib.sha256()
+    state, read = hashlib.sha256(), list(examples)
     for members in units.members:
         state.update(f"|{len(members)}|".encode())
         for position in members:
-            example = examples[position]
+            example = read[position]
             state.update(f"|{len(example)}|{example.label}|".encode())
             state.update(example.input_ids.tobytes() + example.trained.tobytes())
     return state.hexdigest()

@@ -40,9 +40,10 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
         return epsilon_of([replace(mechanism, noise_multiplier=noise)], delta)
 
     cost = _on_search_grid(mechanism, delta) if accountant_of([mechanism]) == ACCOUNTANT else stated
-    bracket = _bracket(cost, target_epsilon)
+    aim = _AIM * target_epsilon
+    bracket = _bracket(cost, aim)
     if bracket is None and cost is not stated:  # a coarse grid overstates a small ε; ask a finer one before giving up
-        bracket = _bracket(stated, target_epsilon)
+        cost, bracket = stated, _bracket(stated, aim)
     if bracket is None:
         raise PrivacyError(
             f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
@@ -52,7 +53,7 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     low, high = bracket
     if low == high:
         return _LEAST
-    return _refined(stated, _root(cost, low, high, target_epsilon), target_epsilon)
+    return _refined(stated, _root(cost, low, high, aim), target_epsilon)
 
 
 def _on_search_grid(mechanism: SubsampledGaussian, delta: float) -> Callable[[float], float]:
@@ -62,30 +63,30 @@ def _on_search_grid(mechanism: SubsampledGaussian, delta: float) -> Callable[[fl
     return cost
 
 
-def _bracket(cost: Callable[[float], float], target_epsilon: float) -> tuple[float, float] | None:
+def _bracket(cost: Callable[[float], float], aim: float) -> tuple[float, float] | None:
     """Return two noise multipliers with the answer between them; the least one twice where it is enough; else None.
 
     Walks from 1: an evaluation costs about 1/σ², so the least noise is looked at only when nothing else is left.
     """
     high = 1.0
-    while cost(high) > target_epsilon:
-        high *= _STRIDE
-        if high > _MOST:
+    while cost(high) > aim:
+        if high == _MOST:
             return None
+        high = min(high * _STRIDE, _MOST)
     low = high / _STRIDE
-    while low > _LEAST and cost(low) <= target_epsilon:
+    while low > _LEAST and cost(low) <= aim:
         low, high = low / _STRIDE, low
     if low > _LEAST:
         return low, high
-    return (_LEAST, _LEAST) if cost(_LEAST) <= target_epsilon * _HIGHEST else (_LEAST, high)
+    return (_LEAST, _LEAST) if cost(_LEAST) <= aim else (_LEAST, high)
 
 
-def _root(cost: Callable[[float], float], low: float, high: float, target_epsilon: float) -> float:
+def _root(cost: Callable[[float], float], low: float, high: float, aim: float) -> float:
     """Return about the noise at which `cost` is the aim: ln ε is nearly linear in ln σ."""
 
     def excess(log_noise: float) -> float:
         # Far too much noise costs 0 exactly; the logarithm needs a floor.
-        return math.log(max(cost(math.exp(log_noise)), 1e-12) / (_AIM * target_epsilon))
+        return math.log(max(cost(math.exp(log_noise)), 1e-12) / aim)
 
     return math.exp(root_scalar(excess, method="brentq", bracket=(math.log(low), math.log(high)), xtol=1e-4).root)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from conf.schema.federation import LocalTraining
+from conf.schema.federation import Federation, LocalTraining
 from conf.schema.privacy import ClientLevel, ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
-from privacy.accounting import epsilon_of
-from privacy.calibration import calibrate_noise
+from privacy.accounting import epsilon_of, selection_epsilon
+from privacy.client_level import build_client_level_plan
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan, build_plan, default_delta
 from protocol.errors import PrivacyError
@@ -20,9 +20,11 @@ __all__ = [
     "Scenario",
     "client_outlook",
     "forecast",
+    "group_cost",
     "nearest_feasible",
     "of_rank",
     "search_cost",
+    "selection_cost",
     "signal_to_noise",
     "variations",
 ]
@@ -241,36 +243,82 @@ def search_cost(scenario: Scenario, outlook: Outlook, runs: int) -> float:
 
     `outlook` is the scenario's own; its noise is not searched for again.
     """
+    run, delta = _priced(scenario, outlook)
+    return epsilon_of([run.repeated(run.steps * runs)], delta)
+
+
+def selection_cost(scenario: Scenario, outlook: Outlook, mean_runs: float) -> float:
+    """Return the ε of a search that tells the best of Poisson(`mean_runs`) runs and nothing else (arXiv 2110.03620).
+
+    Every score that the choice rests on must itself be private, and be charged.
+    """
+    run, delta = _priced(scenario, outlook)
+    return selection_epsilon([run], delta, mean_trials=mean_runs)
+
+
+def group_cost(scenario: Scenario, outlook: Outlook, size: int) -> float:
+    """Return the ε of `size` units together, at the same δ: of a person whose records are protected one by one."""
+    run, delta = _priced(scenario, outlook)
+    return epsilon_of([run], delta, group_size=size)
+
+
+def _priced(scenario: Scenario, outlook: Outlook) -> tuple[SubsampledGaussian, float]:
+    """Return the whole run and its δ, with the noise that the outlook has found."""
     known = {"target_epsilon": None, "noise_multiplier": outlook.noise_multiplier}
     plan = _plan(replace(scenario, privacy=scenario.privacy.model_copy(update=known)))
-    return plan.epsilon([plan.whole_run.repeated(plan.whole_run.steps * runs)])
+    if plan.delta is None:
+        raise ValueError("nothing is promised, so nothing has a price")
+    return plan.whole_run, plan.delta
 
 
-def client_outlook(privacy: ClientLevel, *, rounds: int, sites: int, cohort: int, parameters: int | None) -> Outlook:
+def client_outlook(
+    privacy: ClientLevel, federation: Federation, weights: Mapping[str, float], parameters: int | None
+) -> Outlook:
     """Return the federation's one line when the unit is a whole site.
 
-    An upper bound: no amplification by drawing cohorts, because the server that draws them knows them, and fresh noise
-    in each round. The sum of a round's clipped updates is at most cohort·C long, its noise σC√d: over R rounds the
-    signal-to-noise ratio is at most cohort·√R / (σ√d).
+    A round's sum of clipped, weighted updates is at most W·C long for a cohort of weight W, and its noise has the
+    plan's scale s: over R rounds the signal-to-noise ratio is at most R·W·C / (s·√(v·d)), v being the variance of the
+    noise on the last prefix sum (v = R where noise is independent).
     """
-    delta = default_delta(sites) if privacy.delta is None else privacy.delta
-    line = Outlook("federation", sites, 1.0, rounds, delta=delta, relation="add or remove one site")
-    if delta >= 1 / sites:
-        problem = f"privacy.delta={delta:.3g} is not below 1/n={1 / sites:.3g} of {sites} sites"
-        return replace(line, problem=problem, fixes=("privacy.delta=null",))
+    line = Outlook("federation", len(weights), 1.0, federation.rounds)
     try:
-        noise = privacy.noise_multiplier or calibrate_noise(
-            privacy.target_epsilon or math.inf, delta, SubsampledGaussian(1.0, 1.0, rounds)
-        )
+        plan = build_client_level_plan(privacy, federation, weights)
     except PrivacyError as error:
-        return replace(line, problem=str(error), fixes=("federation.rounds=1",))
-    curve = tuple((r, epsilon_of([SubsampledGaussian(1.0, noise, r)], delta)) for r in _rounds(rounds, 6))
-    snr = None if parameters is None else cohort / (noise * math.sqrt(parameters))
+        return replace(line, problem=str(error), fixes=tuple(_client_fixes(privacy, federation, weights)))
+    rounds = federation.rounds
+    # Correlated noise is one mechanism, charged whole before the first round.
+    told = [rounds] if plan.participation is not None else _rounds(rounds, 6)
+    one = plan.whole_run.repeated(1)
+    curve = tuple((r, plan.epsilon([one.repeated(r if plan.participation is None else 1)])) for r in told)
+
+    def snr(of: int) -> float | None:
+        if parameters is None:
+            return None
+        noise = plan.noise_scale(1.0) * math.sqrt(float(plan.factorization.prefix_variances(of)[-1]) * parameters)
+        return of * plan.normalizer / noise
+
     return replace(
         line,
-        noise_multiplier=noise,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.update_noise_multiplier,
+        delta=plan.delta,
         epsilon=curve[-1][1],
         curve=curve,
-        snr_round=snr,
-        snr_run=None if snr is None else snr * math.sqrt(rounds),
+        snr_round=snr(1),
+        snr_run=snr(rounds),
+        relation=plan.relation,
     )
+
+
+def _client_fixes(privacy: ClientLevel, federation: Federation, weights: Mapping[str, float]) -> Iterator[str]:
+    """Yield the overrides that help; where none does, the problem's own words say what to do."""
+    changes = {
+        "privacy.delta=null": (privacy.model_copy(update={"delta": None}), federation),
+        "federation.rounds=1": (privacy, federation.model_copy(update={"rounds": 1})),
+    }
+    for override, (asked, rounds) in changes.items():
+        try:
+            build_client_level_plan(asked, rounds, weights)
+        except PrivacyError:
+            continue
+        yield override

@@ -20,7 +20,15 @@ from conf.schema.data import (
 from finetuning.datasets import Row, cell, nearest
 from protocol.errors import DataError
 
-__all__ = ["OTHERS", "Holdings", "partition", "plot_partition", "published_count", "who_holds_what"]
+__all__ = [
+    "OTHERS",
+    "Holdings",
+    "partition",
+    "plot_partition",
+    "published_count",
+    "users_of",
+    "who_holds_what",
+]
 
 OTHERS = "(others)"
 """Column of `Holdings` that gathers all values but the most frequent ones."""
@@ -220,6 +228,11 @@ def _skewed_owners(rows: int, config: SizeSkewedPartition, seed: int) -> np.ndar
             f"{config.sites} sites at data.partition.ratio={config.ratio:g}; lower data.partition.ratio or sites"
         )
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(config.sites), sizes))
+
+
+def users_of(rows: Sequence[Row], column: str | None) -> int | None:
+    """Return how many people the records are about; None where no column tells."""
+    return None if column is None else len({str(row.get(column)) for row in rows})
 
 
 def published_count(records: int) -> int:

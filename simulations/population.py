@@ -20,7 +20,7 @@ from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
 from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
-from simulations.partition import partition, published_count
+from simulations.partition import partition, published_count, users_of
 
 __all__ = [
     "Population",
@@ -43,7 +43,7 @@ class Population:
         """Return a site per part, in the order of their names, each with its own state directory under `state`."""
         return {
             name: Site(
-                site_file(experiment, name, len(rows), state / name, _users(rows, experiment.data.user_column)),
+                site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
                 rows=_given(rows),
             )
             for name, rows in self.parts.items()
@@ -103,10 +103,6 @@ def _budget(
         )
         epsilon = plan.epsilon([plan.whole_run])
     return SiteBudget(unit=unit, epsilon=epsilon, delta=delta)
-
-
-def _users(rows: Sequence[Row], column: str | None) -> int | None:
-    return None if column is None else len({str(row.get(column)) for row in rows})
 
 
 def simulated_site(context: Context) -> Site:

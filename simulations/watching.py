@@ -9,18 +9,24 @@ import hashlib
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
 from torch import nn
 
+from client.rounds import SiteRecords, answer, rehearse
 from client.site import Site
+from client.units import Units
+from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.datasets import Row
 from privacy.doctor.subject import ObservedStep
+from privacy.mechanisms import SubsampledGaussian
+from privacy.plan import PrivacyPlan
+from protocol.instructions import ClientPlan, Instruction, Reply
 
 __all__ = ["StepLog", "WatchedSite", "frozen_digest", "gradient_of", "silenced", "without_dropout"]
 
@@ -32,13 +38,13 @@ _COORDINATES = 4096
 class StepLog:
     """What was seen since the last step, and the steps of the current round."""
 
-    looked_up: list[int] = field(default_factory=lambda: list[int]())
+    looked_up: set[int] = field(default_factory=lambda: set[int]())
     steps: list[ObservedStep] = field(default_factory=lambda: list[ObservedStep]())
 
     def step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Take one optimizer step's input."""
         gradient = tuple(_thinned(gradient_of(p)) for group in optimizer.param_groups for p in group["params"])
-        self.steps.append(ObservedStep(tuple(self.looked_up), gradient))
+        self.steps.append(ObservedStep(frozenset(self.looked_up), gradient))
         self.looked_up.clear()
 
     def take(self) -> tuple[ObservedStep, ...]:
@@ -50,10 +56,11 @@ class StepLog:
 
 
 class _Watched(Sequence[Example]):
-    """A site's examples; a look-up by position is noted, reading all of them (for a fingerprint) is not."""
+    """A site's examples; whose is looked up by position is noted, reading all of them (for a fingerprint) is not."""
 
-    def __init__(self, examples: Sequence[Example], log: StepLog) -> None:
-        self._examples, self._log = examples, log
+    def __init__(self, records: SiteRecords, log: StepLog) -> None:
+        self._examples, self._log = records.examples, log
+        self._owners = {position: unit for unit, members in enumerate(records.units.members) for position in members}
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -68,19 +75,41 @@ class _Watched(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
         if isinstance(index, slice):
             return self._examples[index]
-        self._log.looked_up.append(index)
+        self._log.looked_up.add(self._owners[index])
         return self._examples[index]
 
 
-class WatchedSite(Site):
-    """A site that is what it is, except that its examples are watched."""
+class WatchedSite:
+    """A site that is what it is, except that the use of its examples is noted."""
 
     def __init__(self, file: SiteFile, rows: Sequence[Row], log: StepLog) -> None:
-        super().__init__(file, rows=lambda: rows)
-        self._log = log
+        self._site = Site(file, rows=lambda: rows)
+        self._own, self._log = self._site.work(), log
+        self._work = replace(self._own, records=self._records)
+        self._units: Units | None = None
 
-    def _examples(self, adapted: AdaptedModel) -> Sequence[Example]:
-        return _Watched(super()._examples(adapted), self._log)
+    def rehearse(self, plan: ClientPlan) -> PrivacyPlan:
+        """Return the site's own privacy plan."""
+        return rehearse(plan, self._work)
+
+    def answer(self, instruction: Instruction) -> Reply:
+        """Return the site's real answer."""
+        return answer(instruction, self._work)
+
+    def booked(self, run: str) -> tuple[SubsampledGaussian, ...]:
+        """Return what the site's ledger holds of a run; nothing where the site has no budget."""
+        if self._units is None or self._site.file.budget is None:
+            return ()
+        return tuple(self._site.state.ledger(self._units).mechanisms(run))
+
+    def close(self) -> None:
+        """Release the site's files."""
+        self._site.close()
+
+    def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
+        records = self._own.records(adapted, privacy, key)
+        self._units = records.units
+        return replace(records, examples=_Watched(records, self._log))
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,7 @@ def adaptive_clip_needs_independent_noise(experiment: Experiment) -> str | None:
 
 def protected_loss_needs_noise(experiment: Experiment) -> str | None:
     """A training loss is computed from records: under privacy it leaves with noise, and charged, or not at all."""
-    if not experiment.federation.release_training_loss or isinstance(local_privacy(experiment.privacy), NoPrivacy):
+    if not experiment.federation.release_training_loss or isinstance(experiment.privacy, NoPrivacy):
         return None
     return (
         "federation.release_training_loss=true would send losses that no ε covers; set "

@@ -43,7 +43,7 @@ def empty_batches_are_steps(subject: Subject) -> Verdict:
     Without privacy an empty batch must still be a step, for the sake of comparison.
     """
     steps, planned = subject.starved.steps, subject.promise.local.steps
-    empty = [step for step in steps if not step.records]
+    empty = [step for step in steps if not step.units]
     evidence = f"{len(steps)} of {planned} steps taken, {len(empty)} of them on an empty batch"
     if len(steps) != planned or not empty:
         return Verdict(_EMPTY, False, evidence)
@@ -116,12 +116,9 @@ def _difference(booked: SubsampledGaussian, executed: SubsampledGaussian) -> str
 
 
 def _rate(subject: Subject) -> tuple[str, str]:
-    """Return a fault or "", and the evidence: the records looked up in all steps are a binomial number."""
+    """Return a fault or "", and the evidence: the units looked up in all steps are a binomial number."""
     steps = [step for observed in subject.trained for step in observed.steps]
-    twice = sum(len(step.records) != len(set(step.records)) for step in steps)
-    if twice:
-        return f"{twice} of {len(steps)} steps used a record twice", ""
-    seen = sum(len(step.records) for step in steps)
+    seen = sum(len(step.units) for step in steps)
     rate = subject.promise.local.expected_batch_size / subject.promise.published_units
     trials = min(subject.promise.num_units, subject.promise.published_units) * len(steps)
     law = stats.binom(trials, rate)
@@ -129,9 +126,7 @@ def _rate(subject: Subject) -> tuple[str, str]:
     chance = float(law.sf(seen - 1)) * 2
     if subject.plan.sampling.truncation is None:
         chance = min(chance, 2 * float(law.cdf(seen)))
-    evidence = (
-        f"{seen} records used, {trials * rate:.1f} expected (p {min(chance, 1.0):.2g}, error rate {FALSE_ALARM:g})"
-    )
+    evidence = f"{seen} units used, {trials * rate:.1f} expected (p {min(chance, 1.0):.2g}, error rate {FALSE_ALARM:g})"
     return (evidence if chance < FALSE_ALARM else "", evidence)
 
 

@@ -17,6 +17,7 @@ from privacy.doctor.gradients import (
     gradients_match_loop,
     one_unit_moves_the_sum_by_at_most_the_clip_norm,
     release_scale_is_public,
+    updates_are_clipped,
 )
 from privacy.doctor.metrics import no_metric_leaves_unprotected
 from privacy.doctor.noise import noise_has_the_calibrated_deviation, noise_is_fresh_and_normal
@@ -42,6 +43,7 @@ CHECKS: MappingProxyType[int, Check] = MappingProxyType(
         20: statement_is_true,
         21: delta_is_for_the_whole_run,
         22: no_metric_leaves_unprotected,
+        23: updates_are_clipped,
     }
 )
 """Exit code of `cloister doctor` -> the check whose failure it tells. A code keeps its meaning."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from privacy.doctor.subject import Subject, Verdict
@@ -12,7 +14,11 @@ __all__ = [
     "gradients_match_loop",
     "one_unit_moves_the_sum_by_at_most_the_clip_norm",
     "release_scale_is_public",
+    "updates_are_clipped",
 ]
+
+
+_ROUNDING = 1e-6
 
 
 def adapters_move(subject: Subject) -> Verdict:
@@ -80,6 +86,19 @@ def release_scale_is_public(subject: Subject) -> Verdict:
     divisor = _scale(expected, probe.whole)
     evidence = f"{len(probe.alone)} units were divided by {divisor:.4f}; the constant is {probe.normalizer:g}"
     return Verdict(name, abs(divisor / probe.normalizer - 1) <= subject.precision, evidence)
+
+
+def updates_are_clipped(subject: Subject) -> Verdict:
+    """Client-level: what leaves a site is at most the clip norm long, over all its tensors together.
+
+    The clip norm of the examined rounds is so small that an update reaches it.
+    """
+    name, bound = "updates are clipped as a whole", subject.promise.update_clip
+    if bound is None:
+        return Verdict(name, None, "nobody promises a bound on the whole update")
+    norms = [math.hypot(*observed.moved.values()) for observed in (*subject.trained, *subject.silenced)]
+    evidence = f"norms of {len(norms)} updates at most {max(norms) / bound:.6f} x the clip norm"
+    return Verdict(name, max(norms) <= bound * (1 + _ROUNDING), evidence)
 
 
 def _clipped(gradient: torch.Tensor, clip_norm: float) -> torch.Tensor:

@@ -36,7 +36,7 @@ def sampler_is_poisson(subject: Subject) -> Verdict:
         return Verdict(_NAME, False, "; ".join(found))
     mean = float(np.mean([len(draw) for draw in draws]))
     evidence = (
-        f"{len(draws)} draws from {sampling.slots} slots at rate {booked:.4g}: {mean:.2f} records on average, "
+        f"{len(draws)} draws from {sampling.slots} slots at rate {booked:.4g}: {mean:.2f} units on average, "
         f"{inclusion * sampling.slots:.2f} expected; inclusion, size and overlap fit (error rate {FALSE_ALARM:g})"
     )
     return Verdict(_NAME, True, evidence)
@@ -90,4 +90,4 @@ def _overlap(draws: tuple[np.ndarray, ...], slots: int) -> str:
         variance += a * b * (slots - a) * (slots - b) / (slots**2 * max(slots - 1, 1))
     if abs(shared - expected) <= float(stats.norm.isf(_SHARE / 2)) * math.sqrt(variance) + 1e-9:
         return ""
-    return f"draws in a row share {shared:.0f} records, {expected:.0f} expected: they are not independent"
+    return f"draws in a row share {shared:.0f} slots, {expected:.0f} expected: they are not independent"

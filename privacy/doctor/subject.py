@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from conf.schema.federation import LocalTraining
-from conf.schema.privacy import LocalPrivacy
+from conf.schema.privacy import LocalPrivacy, NoPrivacy
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan
 from protocol.instructions import ReplyHeader
@@ -38,7 +38,14 @@ class Promise:
     rounds: int
     published_units: int
     num_units: int
-    """The true count of the records that the observed rounds could draw from."""
+    """The true count of the units that the observed rounds could draw from."""
+    update_clip: float | None = None
+    """Client-level: the bound on the site's update as a whole; None where nobody promises one."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether anything is promised at all."""
+        return not isinstance(self.privacy, NoPrivacy) or self.update_clip is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +68,9 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class ObservedStep:
-    """One optimizer step: the records that were looked up for it, and the gradient that it was given."""
+    """One optimizer step: the units whose records were looked up for it, and the gradient that it was given."""
 
-    records: tuple[int, ...]
+    units: frozenset[int]
     gradient: tuple[torch.Tensor, ...]
     """One float64 tensor per trained parameter, flat."""
 
@@ -92,9 +99,9 @@ class Subject:
     trained: tuple[ObservedRound, ...]
     """Consecutive rounds of one run at one site."""
     silenced: tuple[ObservedRound, ...]
-    """The same rounds at a site with one record less, whose network answers nothing: all gradients are zero."""
+    """The same rounds at a site with one unit less, whose network answers nothing: all gradients are zero."""
     starved: ObservedRound
-    """A round of a site with a single record, almost never drawn."""
+    """A round of a site with a single unit, almost never drawn."""
     base_before: str
     base_after: str
     """Digests of everything that must not move."""

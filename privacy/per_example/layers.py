@@ -21,6 +21,9 @@ _RULES: tuple[Callable[[nn.Module, Recorder], Forward | None], ...] = (
     lora_embedding_rule,
     dora_rule,
 )
+_OF_EMBEDDINGS = (embedding_rule, lora_embedding_rule)
+_POSITIONS = ("position", "pos_emb", "wpe")
+"""Parts of the names that models give to embeddings of positions (GPT-2 `wpe`, BERT `position_embeddings`, ...)."""
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -89,4 +92,8 @@ def _rule_for(name: str, module: nn.Module, recorder: Recorder) -> Forward | Non
     # by somebody else (offloading) does more than the class says.
     if "experts" in name.split(".") or "forward" in vars(module):
         return None
-    return next((forward for rule in _RULES if (forward := rule(module, recorder)) is not None), None)
+    # Positions are mostly looked up once for the whole batch, so a row is no example's own. Whether they are shows only
+    # in the first step, when a budget is spent; the name tells before.
+    positions = any(part in name.lower() for part in _POSITIONS)
+    rules = [rule for rule in _RULES if not (positions and rule in _OF_EMBEDDINGS)]
+    return next((forward for rule in rules if (forward := rule(module, recorder)) is not None), None)

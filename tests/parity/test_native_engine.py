@@ -80,12 +80,23 @@ def test_whole_embeddings_tied_to_the_head(bench: Make, make_examples: Make, err
     assert_exact(made, examples_for("qwen3", make_examples), error_of)
 
 
-def test_a_position_embedding_is_refused_in_the_first_step(bench: Make, make_examples: Make) -> None:
-    made = bench("gpt2")
-    positions = made.adapted.network.base_model.model.transformer.wpe.weight.requires_grad_()
-    made = replace(made, trained=made.trained | {"wpe": positions})
-    with pytest.raises(PrivacyError, match=r"wpe belongs to a layer whose input has 1 rows for 7 examples"):
-        made.batched(examples_for("gpt2", make_examples))
+@pytest.mark.parametrize(
+    ("family", "name"), [("gpt2", "transformer.wpe"), ("bert", "bert.embeddings.position_embeddings")]
+)
+def test_a_position_embedding_is_trained_one_by_one(
+    family: str, name: str, bench: Make, make_examples: Make, error_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is looked up once for the whole batch: its rows are no example's own."""
+    made = bench(family)
+    positions = made.adapted.network.base_model.model.get_submodule(name).weight.requires_grad_()
+    made = replace(made, trained=made.trained | {name: positions})
+    examples = examples_for(family, make_examples)
+    with caplog.at_level(logging.WARNING):
+        ours = made.batched(examples, 0.05)
+    assert f"in native: base_model.model.{name} (Embedding); every layer is trained one by one" in caplog.text
+    truth = made.one_at_a_time(examples, 0.05)
+    assert truth[name].norm() > 0
+    assert error_of(ours, truth) < FP32_BOUND
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import client.rounds
-import simulations.doctor
+import client.training
 from conf.compose import compose_experiment
 from conf.schema.experiment import Experiment
 from privacy.doctor.diagnosis import diagnose
 from privacy.doctor.subject import Subject
 from simulations.doctor import observe_site
-from simulations.population import Population, build_population
+from simulations.population import build_population
 
 RECORDS, USERS = 60, 20
 SETTINGS = (
@@ -27,14 +26,18 @@ SETTINGS = (
     "federation.rounds=2",
     "federation.local.steps=3",
     "federation.local.expected_batch_size=8",
-    "privacy.batch_cap=null",
+    "data.user_column=user",
 )
 WORDS = ("sore", "throat", "fever", "pain", "stairs", "pulse", "normal", "prince", "silence", "battery", "great")
 
 
+Configure = Callable[..., Experiment]
+Observe = Callable[..., Subject]
+
+
 @pytest.fixture(scope="session")
-def experiment(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Experiment:
-    """One site with 60 records of 20 users; the adapter of a tiny Llama."""
+def configure(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Configure:
+    """Compose an experiment: one site with 60 records of 20 users, and the adapter of a tiny Llama."""
     rows = [
         {"text": " ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(2 + n % 5)), "user": f"u{n % USERS}"}
         for n in range(RECORDS)
@@ -43,18 +46,19 @@ def experiment(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
     path.write_text("".join(json.dumps({**row, "kind": "train"}) + "\n" for row in rows))
     held = json.dumps({"text": "sore throat", "user": "u0", "kind": "heldout"})
     path.write_text(path.read_text() + held + "\n")
-    return compose_experiment([*SETTINGS, f"model.path={tiny_model('llama')}", f"data.source.path={path}"])
-
-
-@pytest.fixture(scope="session")
-def population(experiment: Experiment) -> Population:
-    return build_population(experiment)
+    fixed = [*SETTINGS, f"model.path={tiny_model('llama')}", f"data.source.path={path}"]
+    return lambda *overrides: compose_experiment([*fixed, *overrides])
 
 
 @pytest.fixture
-def observe(experiment: Experiment, population: Population, tmp_path: Path) -> Callable[[], Subject]:
-    """Return what the doctor observes of the real code, as it is when called."""
-    return lambda: observe_site(experiment, population.parts, tmp_path)
+def observe(configure: Configure, tmp_path: Path) -> Observe:
+    """Return what the doctor observes of the real code, as it is when called, under some overrides."""
+
+    def observed(*overrides: str) -> Subject:
+        experiment = configure(*overrides)
+        return observe_site(experiment, build_population(experiment).parts, tmp_path)
+
+    return observed
 
 
 @dataclass(frozen=True)
@@ -81,21 +85,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], None]:
-    """Replace a function where rounds call it, and where the doctor's own probe does."""
-
-    def replace_everywhere(name: str, value: object) -> None:
-        for module in (client.rounds, simulations.doctor):
-            monkeypatch.setattr(module, name, value)
-
-    return replace_everywhere
+    """Replace a function that a round's training calls."""
+    return lambda name, value: monkeypatch.setattr(client.training, name, value)
 
 
 @pytest.fixture
-def catches(observe: Callable[[], Subject], request: pytest.FixtureRequest) -> Callable[[int], None]:
-    """Assert that a check, given by its exit code, fails; note all that fail for the table."""
+def catches(observe: Observe, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Assert that a check, given by its exit code, fails under some overrides; note all that fail for the table."""
 
-    def assert_caught(code: int) -> None:
-        verdicts = diagnose(observe())
+    def assert_caught(code: int, *overrides: str) -> None:
+        verdicts = diagnose(observe(*overrides))
         failed = {number: verdict for number, verdict in verdicts.items() if verdict.passed is False}
         assert code in failed, f"check {code} did not fail; failed: {failed}"
         fault = request.node.get_closest_marker("fault").args[0]

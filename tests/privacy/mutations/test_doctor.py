@@ -11,20 +11,44 @@ from privacy.doctor.subject import Subject
 from protocol.errors import ConfigError, SiteRefusal
 from simulations.doctor import observe_site
 
-
-def test_a_healthy_program_passes_every_check(observe: Callable[[], Subject]) -> None:
-    """Thirteen checks at an error rate of 1e-6 at most each: fails once in 70,000 runs."""
-    verdicts = diagnose(observe())
-    assert all(verdict.passed for verdict in verdicts.values()), verdicts
-    assert exit_code(verdicts.items()) == 0
+RECORDS_TOO = "privacy.local={kind: example_level, target_epsilon: 8.0}"
 
 
-def test_there_must_be_a_site(experiment: Experiment, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "not_examined"),
+    [
+        (("privacy=example_level",), {23}),
+        (("privacy=user_level", "federation.local.expected_batch_size=5"), {23}),
+        (("privacy.noise=discrete",), {23}),
+        (("privacy.loss_noise_multiplier=20",), {23}),
+        (("privacy=client_level",), {13, 15, 16, 18, 20, 21}),
+        (("privacy=client_level", "privacy.clipping.kind=adaptive", RECORDS_TOO), set[int]()),
+        (("privacy=none", "federation.release_training_loss=true"), {13, 15, 16, 18, 20, 21, 22, 23}),
+    ],
+    ids=["record", "user", "discrete", "loss", "site", "site-and-record", "none"],
+)
+def test_a_healthy_program_passes_every_check(
+    overrides: tuple[str, ...], not_examined: set[int], observe: Callable[..., Subject]
+) -> None:
+    """Fourteen checks at an error rate of 1e-6 at most each: fails once in 70,000 runs."""
+    verdicts = diagnose(observe(*overrides))
+    assert exit_code(verdicts.items()) == 0, verdicts
+    assert {code for code, verdict in verdicts.items() if verdict.passed is None} == not_examined
+
+
+def test_there_must_be_a_site(configure: Callable[..., Experiment], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no site to examine: data\.partition leaves none"):
-        observe_site(experiment, {}, tmp_path)
+        observe_site(configure(), {}, tmp_path)
 
 
-def test_a_refusal_is_told_with_its_reason(observe: Callable[[], Subject], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_needs_two_units(configure: Callable[..., Experiment], tmp_path: Path) -> None:
+    """Two records of one user are one."""
+    parts = {"here": [{"text": "sore throat", "user": "u0"}, {"text": "fever", "user": "u0"}]}
+    with pytest.raises(ConfigError, match=r"site here holds 1 protected unit; .* so 2 or more are needed"):
+        observe_site(configure("privacy=user_level"), parts, tmp_path)
+
+
+def test_a_refusal_is_told_with_its_reason(observe: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(*_: object) -> None:
         raise SiteRefusal("closed", "not today")
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
 import client.rounds
 import client.site
 import privacy.plan
-import simulations.doctor
+from client.units import units_of
+from conf.schema.privacy import ExampleLevel
 from privacy.plan import PrivacyPlan
 
 Plant = Callable[[str, object], None]
-Catches = Callable[[int], None]
+Catches = Callable[..., None]
 
 
 @pytest.mark.fault("accountant reset each round")
@@ -49,18 +48,37 @@ def test_delta_per_step(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> No
 @pytest.mark.fault("metric released in clear")
 def test_metric_released_in_clear(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """The mean training loss goes along with the update."""
-    monkeypatch.setattr(client.rounds, "_released", lambda diagnostics, *_: {"training_loss": diagnostics.mean_loss})
+    monkeypatch.setattr(
+        client.rounds, "_released", lambda trained, _job: {"training_loss": trained.diagnostics.mean_loss}
+    )
     catches(22)
 
 
 @pytest.mark.fault("records of one user sold as user-level")
 def test_records_of_one_user_sold_as_user_level(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """A plan says that users are protected, while each of a user's records is drawn and clipped on its own."""
-    real = client.rounds.build_plan
 
-    def relabeled(*arguments: Any, **options: Any) -> PrivacyPlan:
-        return replace(real(*arguments, **options), unit="user", relation="add or remove one user of a site")
+    def of_records(rows: object, _privacy: object, *rest: object) -> object:
+        return units_of(rows, ExampleLevel(noise_multiplier=1.0), *rest)
 
-    monkeypatch.setattr(client.rounds, "build_plan", relabeled)
-    monkeypatch.setattr(simulations.doctor, "users_column", lambda _experiment: "user")
-    catches(13)
+    monkeypatch.setattr(client.site, "units_of", of_records)
+    catches(13, "privacy=user_level", "federation.local.expected_batch_size=5")
+
+
+@pytest.mark.fault("a site's update sent unclipped")
+def test_update_sent_unclipped(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
+    """Client-level: the server adds noise for the clip norm to an update that is longer."""
+    monkeypatch.setattr(client.rounds, "clip_update", lambda update, _clip_norm: (dict(update), True))
+    catches(23, "privacy=client_level")
+
+
+@pytest.mark.fault("a site's tensors clipped one by one")
+def test_tensors_of_an_update_clipped_one_by_one(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
+    """Client-level: each tensor of the update has the clip norm, so all of them together have C·√(tensors)."""
+    real = client.rounds.clip_update
+
+    def one_by_one(update: dict[str, object], clip_norm: float) -> tuple[dict[str, object], bool]:
+        return {name: real({name: tensor}, clip_norm)[0][name] for name, tensor in update.items()}, False
+
+    monkeypatch.setattr(client.rounds, "clip_update", one_by_one)
+    catches(23, "privacy=client_level")

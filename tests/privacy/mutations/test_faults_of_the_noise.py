@@ -9,24 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-import client.rounds
-import client.site
+import client.training
 from privacy.gradients import gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
 
 Plant = Callable[[str, object], None]
-Catches = Callable[[int], None]
+Catches = Callable[..., None]
 
 
 class ByRule:
     """The real gradient rule, for faults that act before or after it."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         self.plan: PrivacyPlan = arguments[0]
         self.trained: dict[str, Any] = arguments[3]
-        self.real = gradient_rule(*arguments)
+        self.real = gradient_rule(*arguments, **options)
         self.drawn = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -54,9 +53,8 @@ def test_noise_scaled_by_the_actual_batch(plant: Plant, catches: Catches) -> Non
 
 def with_noise(monkey: pytest.MonkeyPatch, change: Callable[[PrivacyPlan, Any], Any]) -> None:
     """Change the noise that every plan hands out."""
-    real = PrivacyPlan.noise.fget
-    assert real is not None
-    monkey.setattr(PrivacyPlan, "noise", property(lambda plan: change(plan, real(plan))))
+    real = PrivacyPlan.noise
+    monkey.setattr(PrivacyPlan, "noise", lambda plan, dimension: change(plan, real(plan, dimension)))
 
 
 @pytest.mark.fault("noise divided by √batch")
@@ -77,8 +75,8 @@ def test_noise_forgotten_for_the_head(monkeypatch: pytest.MonkeyPatch, catches: 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.noise, name)
 
-        def add(self, sums: Sequence[torch.Tensor], stream: SecureStream) -> tuple[torch.Tensor, ...]:
-            return (*self.noise.add(sums, stream)[:-1], sums[-1].float())
+        def add_drawn(self, sums: Sequence[torch.Tensor], drawn: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return (*self.noise.add_drawn(sums, drawn)[:-1], sums[-1].float())
 
     with_noise(monkeypatch, lambda _plan, noise: Forgetful(noise))
     catches(15)
@@ -88,10 +86,28 @@ def test_noise_forgotten_for_the_head(monkeypatch: pytest.MonkeyPatch, catches: 
 def test_same_generator_seed_each_round(plant: Plant, catches: Catches) -> None:
     """Sampling and noise of every round come from one fixed seed, so that two updates subtract to a clear one."""
 
-    def seeded(plan: PrivacyPlan, per_example: str, network: Any, trained: Any, _stream: SecureStream) -> Any:
-        return gradient_rule(plan, per_example, network, trained, SecureStream.insecure(1))
+    def seeded(plan: PrivacyPlan, native: str, network: Any, trained: Any, _: SecureStream, **options: Any) -> Any:
+        return gradient_rule(plan, native, network, trained, SecureStream.insecure(1), **options)
 
     plant("gradient_rule", seeded)
+    catches(16)
+
+
+@pytest.mark.fault("noise drawn ahead and used again")
+def test_noise_drawn_ahead_and_used_again(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
+    """Every step of a round gets the noise that was drawn for its first step."""
+
+    class Once:
+        def __init__(self, noise: Any, like: Sequence[torch.Tensor], stream: SecureStream) -> None:
+            self.noise, self.drawn = noise, noise.draw(like, stream.child("noise"))
+
+        def add(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return self.noise.add_drawn(sums, tuple(each.clone() for each in self.drawn))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("privacy.example_level.NoiseAhead", Once)
     catches(16)
 
 
@@ -126,10 +142,10 @@ def test_drawn_more_often_than_booked(monkeypatch: pytest.MonkeyPatch, catches: 
 @pytest.mark.fault("empty batches skipped")
 def test_empty_batches_skipped(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """A step without records takes no noise and no update, which tells that nobody was drawn."""
-    real = client.rounds.train_locally
+    real = client.training.train_locally
 
     def skipping(adapted: Any, trained: Any, examples: Any, objective: Any, rule: Any, local: Any, **options: Any):
-        draws = [rule.draw(len(examples)) for _ in range(local.steps)]
+        draws = [rule.draw(len(options["units"])) for _ in range(local.steps)]
         kept = [drawn for drawn in draws if drawn]
         if not kept:
             return real(adapted, trained, examples, objective, rule, local.model_copy(update={"steps": 0}), **options)
@@ -138,5 +154,5 @@ def test_empty_batches_skipped(monkeypatch: pytest.MonkeyPatch, catches: Catches
         steps = local.model_copy(update={"steps": len(kept)})
         return real(adapted, trained, examples, objective, rule, steps, **options)
 
-    monkeypatch.setattr(client.rounds, "train_locally", skipping)
+    monkeypatch.setattr(client.training, "train_locally", skipping)
     catches(19)

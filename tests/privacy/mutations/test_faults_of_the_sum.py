@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-import client.rounds
 import client.site
+import client.training
+from client.units import Units
 from finetuning.batches import IGNORED, TokenizedRows
 from finetuning.tasks.build import build_objective
 from privacy.doctor.diagnosis import diagnose, exit_code
@@ -18,7 +19,7 @@ from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 
 Plant = Callable[[str, object], None]
-Catches = Callable[[int], None]
+Catches = Callable[..., None]
 
 
 class WrittenOut:
@@ -29,7 +30,14 @@ class WrittenOut:
     clipped = non_finite = 0
 
     def __init__(
-        self, plan: PrivacyPlan, _per_example: str, _network: object, trained: dict[str, Any], stream: SecureStream
+        self,
+        plan: PrivacyPlan,
+        _per_example: str,
+        _network: object,
+        trained: dict[str, Any],
+        stream: SecureStream,
+        *,
+        without_rule: str,
     ) -> None:
         self.plan, self.parameters, self.stream = plan, list(trained.values()), stream
         self.sums = [torch.zeros_like(each) for each in self.parameters]
@@ -61,7 +69,7 @@ class WrittenOut:
         pass
 
 
-def test_the_written_out_loop_is_healthy(plant: Plant, observe: Callable[[], Subject]) -> None:
+def test_the_written_out_loop_is_healthy(plant: Plant, observe: Callable[..., Subject]) -> None:
     """The control: what is caught below is the fault, not the loop that carries it."""
     plant("gradient_rule", WrittenOut)
     assert exit_code(diagnose(observe()).items()) == 0
@@ -140,20 +148,25 @@ def test_loss_normalized_over_the_batch(plant: Plant, catches: Catches) -> None:
 @pytest.mark.fault("example counted twice by augmentation")
 def test_example_counted_twice_by_augmentation(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """Each record becomes two examples, sampled and clipped as if they were two people's."""
-    real = client.site.tokenize_rows
+    tokenize, units_of = client.site.tokenize_rows, client.site.units_of
 
     def augmented(*arguments: Any, **options: Any) -> TokenizedRows:
-        once = real(*arguments, **options)
-        return TokenizedRows(tuple(example for example in once.examples for _ in range(2)), once.report)
+        once = tokenize(*arguments, **options)
+        return TokenizedRows(once.examples * 2, once.report)
+
+    def twice(*arguments: Any) -> Units:
+        once = units_of(*arguments)
+        return Units((*once.members, *((at + len(once),) for (at,) in once.members)), once.names * 2)
 
     monkeypatch.setattr(client.site, "tokenize_rows", augmented)
+    monkeypatch.setattr(client.site, "units_of", twice)
     catches(13)
 
 
 @pytest.mark.fault("adapter not wired in")
 def test_adapter_not_wired_in(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """Steps are taken on copies of the parameters: ε is spent, and nothing is learned."""
-    real = client.rounds.train_locally
+    real = client.training.train_locally
 
     def on_copies(adapted: Any, trained: Any, *rest: Any, **options: Any) -> Any:
         start = adapted.extract()
@@ -161,14 +174,14 @@ def test_adapter_not_wired_in(monkeypatch: pytest.MonkeyPatch, catches: Catches)
         adapted.load(start)
         return diagnostics
 
-    monkeypatch.setattr(client.rounds, "train_locally", on_copies)
+    monkeypatch.setattr(client.training, "train_locally", on_copies)
     catches(10)
 
 
 @pytest.mark.fault("base trained along")
 def test_base_trained_along(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """A frozen tensor moves during training; it is in no clipped sum."""
-    real = client.rounds.train_locally
+    real = client.training.train_locally
     moved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def leaking(adapted: Any, *rest: Any, **options: Any) -> Any:
@@ -178,7 +191,7 @@ def test_base_trained_along(monkeypatch: pytest.MonkeyPatch, catches: Catches) -
             frozen.add_(1e-3)
         return real(adapted, *rest, **options)
 
-    monkeypatch.setattr(client.rounds, "train_locally", leaking)
+    monkeypatch.setattr(client.training, "train_locally", leaking)
     try:
         catches(11)
     finally:

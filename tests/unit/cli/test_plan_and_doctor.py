@@ -7,9 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from conf.compose import compose_experiment
 from privacy.doctor.diagnosis import CHECKS
+from simulations.population import build_population
 
-CHEAP = ("privacy.target_epsilon=null", "privacy.noise_multiplier=1", "privacy.batch_cap=null", "federation.rounds=2")
+CHEAP = ("privacy.target_epsilon=null", "privacy.noise_multiplier=1", "federation.rounds=2")
 
 
 def plan(*arguments: str):
@@ -20,7 +22,15 @@ def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
     figure = tmp_path / "new" / "plan.png"
     result = plan(*CHEAP, "--plot", str(figure))
     assert result.exit_code == 0, result.output
-    for word in ("eastfield", "northgate", "█", "peft.rank=4", "what if", "3 runs on the same records"):
+    for word in (
+        "eastfield",
+        "northgate",
+        "█",
+        "peft.rank=4",
+        "what if",
+        "3 runs on the same records",
+        "one by one, at eastfield: 2",
+    ):
         assert word in result.output
     assert figure.read_bytes().startswith(b"\x89PNG")
 
@@ -31,7 +41,35 @@ def test_given_counts_as_json() -> None:
     assert told["sites"][0]["epsilon"] > told["sites"][1]["epsilon"] > 0
     assert told["feasible"] is True
     assert told["unit"] == "record"
+    assert [line["records"] for line in told["group"]] == [2, 4, 8]
+    assert told["group"][0]["epsilon"] > 2 * told["sites"][0]["epsilon"]
+    assert told["search"][1]["runs"] == 10
+    assert told["search"][1]["epsilon"] > told["search"][1]["epsilon_of_best"] > told["sites"][0]["epsilon"]
     assert told["trained_values"] == 53248
+
+
+def test_users_are_drawn_from_their_own_published_count() -> None:
+    """Of the simulated sites' patients, rounded up as a site publishes them; a person's records count as one."""
+    experiment = compose_experiment(["privacy=user_level"])
+    sites = build_population(experiment).sites(experiment, Path("never-written"))
+    told = json.loads(plan("privacy=user_level", *CHEAP, "--json").output)
+    assert {site["label"]: site["published"] for site in told["sites"]} == {
+        name: site.file.published_users for name, site in sites.items()
+    }
+    assert told["unit"] == "user"
+    assert told["group"] == []
+
+
+def test_whole_sites_are_one_line_and_what_each_enforces_besides_follows() -> None:
+    told = json.loads(plan("privacy=client_level_tree", "--json").output)
+    assert [(site["label"], site["published"]) for site in told["sites"]] == [("federation", 4)]
+    assert told["unit"] == "site"
+    assert told["sites"][0]["epsilon"] <= 8
+    assert told["search"] == told["group"] == told["what_if"] == []
+    both = ("privacy=client_level", "privacy.local={kind: example_level, noise_multiplier: 1}", "--records", "1000")
+    told = json.loads(plan(*both, "data.partition.sites=[harbor]", "privacy.delta=0.01", "--json").output)
+    assert [site["label"] for site in told["sites"]] == ["federation", "site-1"]
+    assert told["group"]
 
 
 def test_without_privacy_it_says_so() -> None:
@@ -70,3 +108,12 @@ def test_the_doctor_passes_a_run_without_privacy() -> None:
     verdicts = {line["code"]: line["passed"] for line in told["checks"]}
     assert verdicts[10] is verdicts[11] is verdicts[12] is verdicts[17] is True
     assert verdicts[15] is verdicts[18] is verdicts[21] is None
+
+
+@pytest.mark.slow
+def test_the_doctor_says_what_it_does_not_examine() -> None:
+    result = CliRunner().invoke(app, ["doctor", "privacy=client_level", "experiment=smoke"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "pass updates are clipped as a whole: norms of 4 updates at most 1.000000 x the clip norm" in result.output
+    assert "8 of 8 checks passed for privacy=client_level" in result.output
+    assert "not examined: the noise on the sum of updates, and its price, are the server's" in result.output

@@ -8,6 +8,7 @@ import pytest
 from client.site import Site
 from conf.compose import compose_experiment
 from conf.schema.experiment import Experiment
+from conf.schema.privacy import ClientLevel
 from finetuning.adapters import attach
 from finetuning.models import load_base
 from protocol.instructions import Instruction, InstructionHeader, client_plan
@@ -60,6 +61,7 @@ def instruct() -> Callable[..., Instruction]:
             plan_digest=plan.digest,
             base_digest=adapted.base.digest,
             adapter_digest=digest(start),
+            clip_norm=experiment.privacy.clip_norm if isinstance(experiment.privacy, ClientLevel) else None,
         )
         return Instruction(header, {name: start[name] for name in trained})
 

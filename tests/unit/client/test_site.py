@@ -44,6 +44,10 @@ def test_metrics_stay_unless_the_policy_releases_them(
     released = small("federation.release_training_loss=true", private=False)
     reply = make_site(released, state="other").handle(instruct(released))
     assert set(reply.header.metrics) == {"training_loss"}
+    # The server's noise covers the update; a loss beside it would be covered by nothing.
+    whole = small("privacy=client_level", private=False)
+    site = make_site(released, state="whole").handle(instruct(whole))
+    assert (site.header.status, site.header.metrics) == ("trained", {})
     noised = small("privacy.loss_noise_multiplier=50")
     reply = make_site(noised, state="noised").handle(instruct(noised))
     assert set(reply.header.metrics) == {"noisy_training_loss"}

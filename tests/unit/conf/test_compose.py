@@ -38,6 +38,13 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "model.dtype='fp8': input should be 'fp32', 'bf16' or 'fp16'" in text
 
 
+@pytest.mark.parametrize("privacy", ["example_level", "user_level", "client_level"])
+def test_a_loss_in_clear_belongs_to_no_private_run(privacy: str) -> None:
+    """Nor to a client-level one: the server's noise covers the update alone."""
+    text = problems(f"privacy={privacy}", "federation.release_training_loss=true")
+    assert "federation.release_training_loss=true would send losses that no ε covers" in text
+
+
 def test_a_mistyped_key_is_never_silently_added() -> None:
     assert "federation.local.stepz is not a known key; did you mean steps?" in problems("+federation.local.stepz=3")
 
@@ -94,7 +101,10 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
             "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); set "
             "privacy.per_example_gradients=native, or peft.dora=false",
         ),
-        (["strategy=ffa_lora", "peft.dora=true", "privacy=none"], "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude"),
+        (
+            ["strategy=ffa_lora", "peft.dora=true", "privacy=none"],
+            "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude",
+        ),
         (["privacy.target_epsilon=null"], "neither is set; give exactly one of"),
         (["task=classification", "data=csv_labelled", "data.source.path=x.csv", "task.labels=[a,a]"], "repeated: a"),
     ],

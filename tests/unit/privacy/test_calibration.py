@@ -63,3 +63,19 @@ def test_an_impossible_target_is_refused_with_its_figures() -> None:
         r"multiplier of 1000 costs more; ask for a larger ε or fewer steps",
     ):
         calibrate_noise(0.001, 1e-9, SubsampledGaussian(1.0, 1.0, 10_000))
+
+
+def test_a_target_just_above_the_cost_of_a_stride_of_the_search() -> None:
+    """The search strides from 1 by factors of 1.6; what it aims at lies a little below the target."""
+    mechanism = SubsampledGaussian(1.0, 1.6, 1)
+    target = epsilon_of([mechanism], 1e-5) * 1.0003
+    assert 1.6 < calibrate_noise(target, 1e-5, mechanism) < 1.602
+
+
+def test_a_target_that_only_a_fine_grid_can_meet() -> None:
+    """The search's own coarse grid overstates an ε this small, so it gives up; the stated ε does not."""
+    mechanism = SubsampledGaussian(10 / 11, 1000.0, 12)
+    target = 1.1 * epsilon_of([mechanism], 1e-5)
+    noise = calibrate_noise(target, 1e-5, mechanism)
+    assert noise <= 1000
+    assert epsilon_of([replace(mechanism, noise_multiplier=noise)], 1e-5) <= target

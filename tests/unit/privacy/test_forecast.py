@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 
 from conf.compose import compose_experiment
-from conf.schema.federation import LocalTraining
-from conf.schema.privacy import ClientLevel, ExampleLevel, NoPrivacy
-from privacy.accounting import epsilon_of
+from conf.schema.federation import Federation, LocalTraining
+from conf.schema.privacy import ClientLevel, ExampleLevel, NoPrivacy, UserLevel
+from privacy.accounting import epsilon_of, selection_epsilon
 from privacy.forecast import (
-    Outlook,
     Scenario,
     client_outlook,
     forecast,
+    group_cost,
     nearest_feasible,
     of_rank,
     search_cost,
+    selection_cost,
     signal_to_noise,
     variations,
 )
@@ -121,16 +122,65 @@ def test_a_smaller_rank_costs_the_same_and_has_less_noise() -> None:
 
 def test_searching_is_spending() -> None:
     (outlook,) = forecast([SCENARIO])
-    expected = epsilon_of([SubsampledGaussian(0.01, 1.0, 18)], 1e-4)
-    assert search_cost(SCENARIO, outlook, 3) == pytest.approx(expected, rel=1e-3)
+    run = SubsampledGaussian(0.01, 1.0, 6)
+    assert search_cost(SCENARIO, outlook, 3) == epsilon_of([run.repeated(18)], 1e-4)
+    assert selection_cost(SCENARIO, outlook, 3) == selection_epsilon([run], 1e-4, mean_trials=3)
+
+
+def test_records_of_one_person_add_up() -> None:
+    (outlook,) = forecast([SCENARIO])
+    assert outlook.epsilon is not None
+    costs = [group_cost(SCENARIO, outlook, size) for size in (1, 2, 4)]
+    assert costs[0] == outlook.epsilon
+    assert costs[1] > 2 * outlook.epsilon, "at one δ the ε of a group grows faster than its size"
+    assert costs == [epsilon_of([SubsampledGaussian(0.01, 1.0, 6)], 1e-4, group_size=size) for size in (1, 2, 4)]
+
+
+def test_without_privacy_nothing_has_a_price() -> None:
+    scenario = replace(SCENARIO, privacy=NoPrivacy())
+    (outlook,) = forecast([scenario])
+    with pytest.raises(ValueError, match="nothing is promised, so nothing has a price"):
+        search_cost(scenario, outlook, 3)
+
+
+def test_a_plan_of_users_is_that_of_their_published_count() -> None:
+    users = replace(SCENARIO, privacy=UserLevel(noise_multiplier=1.0, batch_cap=None))
+    (outlook,) = forecast([users])
+    assert outlook.epsilon == forecast([SCENARIO])[0].epsilon
+    assert outlook.relation == "add or remove one user of a site, with all of the user's records"
+
+
+SITES = {f"site-{number}": 1.0 for number in range(100)}
 
 
 def test_a_federation_of_whole_sites_has_one_line() -> None:
-    line = client_outlook(ClientLevel(noise_multiplier=4.0), rounds=9, sites=100, cohort=10, parameters=25)
+    federation = Federation(rounds=9, cohort_size=10)
+    line = client_outlook(ClientLevel(noise_multiplier=4.0), federation, SITES, 25)
     assert line.epsilon == pytest.approx(epsilon_of([SubsampledGaussian(1.0, 4.0, 9)], 1e-3))
     assert line.snr_round == pytest.approx(10 / (4 * 5))
     assert line.snr_run == pytest.approx(3 * 10 / (4 * 5))
-    refused = client_outlook(ClientLevel(noise_multiplier=4.0, delta=0.5), rounds=9, sites=4, cohort=4, parameters=None)
-    assert isinstance(refused, Outlook)
-    assert "not below 1/n=0.25" in refused.problem
+    weighted = client_outlook(ClientLevel(noise_multiplier=4.0), federation, SITES | {"site-0": 2.0}, 25)
+    assert weighted.snr_round == pytest.approx(10.1 / (2 * 4 * 5))
+
+
+def test_correlated_noise_is_charged_once_and_hurts_a_long_run_less() -> None:
+    """ε is that of one Gaussian; the ratio of the run is above that of independent noise of the same ε."""
+    federation = Federation(rounds=16, cohort_size=10)
+    alone, tree = (
+        client_outlook(ClientLevel.model_validate({"target_epsilon": 4.0, "noise": noise}), federation, SITES, 25)
+        for noise in ({"kind": "independent"}, {"kind": "tree", "max_participations": 2, "min_separation": 8})
+    )
+    assert tree.curve == ((16, tree.epsilon),)
+    assert tree.epsilon == pytest.approx(epsilon_of([SubsampledGaussian(1.0, tree.noise_multiplier or 0, 1)], 1e-3))
+    assert (tree.snr_run or 0) > (alone.snr_run or 0)
+
+
+def test_a_federation_that_cannot_be_says_why() -> None:
+    four = dict.fromkeys(list(SITES)[:4], 1.0)
+    refused = client_outlook(ClientLevel(noise_multiplier=4.0, delta=0.5), Federation(rounds=9), four, None)
+    assert "privacy.delta=0.5 is not below 1/4 sites" in refused.problem
     assert refused.fixes == ("privacy.delta=null",)
+    tired = ClientLevel.model_validate({"noise_multiplier": 4.0, "noise": {"kind": "tree", "max_participations": 1}})
+    refused = client_outlook(tired, Federation(rounds=9), four, None)
+    assert "raise privacy.noise.max_participations to 9" in refused.problem
+    assert refused.fixes == ("federation.rounds=1",)
