@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_cli
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
-from privacy.accounting import epsilon_of
+from privacy.accounting import RENYI, epsilon_of
 from privacy.client_level import clip_update
 from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
@@ -26,6 +27,8 @@ from protocol.tensors import NamedTensors, digest, layout_of, verify
 from strategies.build import build_strategy
 
 __all__ = ["RoundWork", "SiteRecords", "answer", "rehearse"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
     except SiteRefusal as refusal:
         return _refusal(instruction, work, refusal.code, str(refusal))
     except BudgetExceeded as exceeded:
-        return _refusal(instruction, work, "budget_exceeded", str(exceeded))
+        # The figures may depend on which data sets share a record, so they stay in the site's own log.
+        _log.warning("site %s: %s", work.file.name, exceeded)
+        return _refusal(instruction, work, "budget_exceeded", "the round would exceed this site's budget")
 
 
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
@@ -111,7 +116,7 @@ def _booked(job: TrainingJob, ledger: Ledger, secret: bytes) -> Trained:
         plan_digest=header.plan_digest,
         schedule=privacy.whole_run,
         mechanism=privacy.mechanism(privacy.steps_per_round),
-        inputs_digest=job.inputs,
+        inputs_digest=job.inputs(secret),
     )
     reservation = ledger.reserve(booking)
     trained = train(job, job.stream(secret, reservation.attempt))
@@ -217,19 +222,19 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    booked = ledger.mechanisms(plan.run)
+    this_run = ledger.stated(plan.run)
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
-        epsilon_run=privacy.epsilon(booked),
-        epsilon_total=ledger.spent(),
+        epsilon_run=this_run.epsilon,
+        epsilon_total=ledger.stated().epsilon,
         epsilon_budget=ledger.budget.epsilon,
         delta=privacy.delta,
-        accountant=privacy.accountant,
+        accountant=privacy.accountant if this_run.rule == "schedule" else f"{RENYI}, as a filter",
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
-        steps_executed=sum(mechanism.steps for mechanism in booked),
+        steps_executed=ledger.steps_booked(plan.run),
         insecure_seed=insecure,
     )
 

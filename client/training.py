@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -43,12 +44,20 @@ class TrainingJob:
         """The configuration of the protection that this site enforces itself."""
         return local_privacy(self.header.plan.privacy)
 
+    def inputs(self, secret: bytes) -> str:
+        """Return a digest (hex) of everything that the result depends on, whatever the run is called.
+
+        It is stored in the ledger, which auditors export: without the site's secret nobody can test a guess of the
+        records against it.
+        """
+        return hmac.digest(secret, self._plain_inputs.encode(), "sha256").hex()
+
     @cached_property
-    def inputs(self) -> str:
-        """SHA-256 (hex) over everything that the result depends on, whatever the run is called; never leaves."""
+    def _plain_inputs(self) -> str:
         settings = self.header.plan.model_copy(update={"run": "any"}).digest
         records = _fingerprint(self.examples, self.units)
-        return inputs_digest(self.file.name, settings, self.header.adapter_digest, self.header.base_digest, records)
+        header, privacy = self.header, repr(self.privacy)
+        return inputs_digest(self.file.name, settings, privacy, header.adapter_digest, header.base_digest, records)
 
     def stream(self, secret: bytes, attempt: int) -> SecureStream:
         """Return the randomness of sampling, noise and dropout: keyed by the site's secret, unless it is repeatable.
@@ -60,8 +69,10 @@ class TrainingJob:
         plan, round_number = self.header.plan, self.header.round
         seed = plan.adapter_seed if isinstance(self.asked, NoPrivacy) else self.asked.insecure_seed
         if seed is not None:
-            return SecureStream.insecure(seed, round_number, self.inputs, attempt)
-        return round_stream(secret, run=plan.run, round_number=round_number, inputs_digest=self.inputs, attempt=attempt)
+            return SecureStream.insecure(seed, round_number, self._plain_inputs, attempt)
+        return round_stream(
+            secret, run=plan.run, round_number=round_number, inputs_digest=self.inputs(secret), attempt=attempt
+        )
 
 
 @dataclass(frozen=True)

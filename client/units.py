@@ -33,7 +33,8 @@ class Units:
 def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: bytes) -> Units:
     """Return the units of records, one row per example.
 
-    A record is identified by what is read of it (`data.columns`): an added column or another order makes no new record.
+    A record is identified by what is read of it (`data.columns`): another column, another
+    name of a column, or another order makes no new record.
 
     Under user-level privacy a person keeps at most `max_records_per_user` records, those with the smallest keyed hash:
     a choice that neither the server nor the order of the file makes.
@@ -70,8 +71,9 @@ def _user(row: Row, column: str, number: int) -> bytes:
 
 
 def _content(row: Row, data: DataConfig) -> bytes:
-    read = {name: row.get(name) for field, name in data.columns if field != "kind" and name is not None}
-    return json.dumps(read, sort_keys=True, default=str, ensure_ascii=False).encode()
+    read = {field: row.get(name) for field, name in data.columns if field != "kind" and name is not None}
+    texts = {field: value if isinstance(value, list) else str(value) for field, value in read.items()}
+    return json.dumps(texts, sort_keys=True, default=str, ensure_ascii=False).encode()
 
 
 def _hash(key: bytes, content: bytes) -> bytes:

@@ -71,7 +71,8 @@ def gradient_rule(
 
     Args:
         plan: what is promised.
-        per_example: `native`, `opacus` or `one_by_one`; without privacy it is not used.
+        per_example: `native`, `opacus` or `one_by_one`; without privacy it is not used, and discrete noise is always
+            `one_by_one`.
         network: the whole network, whose forwards may be exchanged, or hooks set, until `close`.
         trained: the parameters that training moves, by name.
         stream: the randomness of sampling and noise.
@@ -89,7 +90,8 @@ def gradient_rule(
             f"{coupling[0]} mixes the examples of a batch, so no example's influence is bounded; use a model without "
             "batch norm (a layer norm or a group norm will do)"
         )
-    if per_example != "one_by_one":
+    # A record's own gradient must not depend, not even by rounding, on what it was padded and batched with.
+    if per_example != "one_by_one" and not plan.discrete:
         build, missing = _batched(per_example, network, trained)
         if not missing:
             return build(plan, network, trained, stream)

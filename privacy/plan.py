@@ -115,12 +115,13 @@ def build_plan(
         local: steps per round and expected batch size (in units), public constants.
         rounds: rounds of the run; the noise is calibrated for all of them together.
         published_units: the count of records (or users) that the site publishes; the sampling rate follows from it.
-        num_units: the true count, a secret; used only to refuse a δ that is too large.
+        num_units: the true count, a secret; used only to refuse a δ that is too large, or too few slots.
         site_delta: the δ of the site's own budget, at which everything is accounted; the plan may ask for the same or
             a larger one.
 
     Raises:
-        PrivacyError: a sampling rate above 1, δ of 1/n or more, or a budget too small for a single step.
+        PrivacyError: a sampling rate above 1, δ of 1/n or more, fewer slots than units, or a budget too small for a
+            single step.
     """
     rate = local.expected_batch_size / published_units
     if isinstance(privacy, NoPrivacy):
@@ -137,6 +138,7 @@ def build_plan(
         )
     cap = None if privacy.batch_cap is None else math.ceil(privacy.batch_cap * local.expected_batch_size)
     sampling = PoissonSampling(rate, published_units, cap)
+    _refuse_too_few_slots(published_units, num_units)
     delta = _agreed_delta(privacy.delta, site_delta, published_units, num_units)
     loss = None
     if privacy.loss_noise_multiplier is not None:
@@ -155,6 +157,15 @@ def build_plan(
         discrete=privacy.noise == "discrete",
         loss=loss,
     )
+
+
+def _refuse_too_few_slots(published: int, num_units: int) -> None:
+    if num_units > published:
+        # Units without a slot would move up when another is removed, and be drawn in its stead.
+        raise PrivacyError(
+            f"this site has {num_units} units and publishes a count of {published}: each needs a slot of its own; "
+            f"raise published_records (or published_users) of the site file to {num_units} or more"
+        )
 
 
 def _relation(unit: Unit, sampling: PoissonSampling) -> str:

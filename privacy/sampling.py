@@ -20,8 +20,8 @@ class PoissonSampling:
     Every field is public. The true number of units is a secret: it is an argument of `draw` and never a part of the
     rate, which would tell it (and a neighbouring data set would get another rate). A site publishes a number of slots
     instead. Unit i lies in slot i, further slots are empty, and the cut is made among slots, empty ones included: that
-    is the mechanism whose neighbours differ in one emptied slot (arXiv 2508.15089). Units beyond the last slot are
-    never drawn.
+    is the mechanism whose neighbours differ in one emptied slot (arXiv 2508.15089). A plan refuses
+    more units than slots.
     """
 
     rate: float

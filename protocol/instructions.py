@@ -105,7 +105,7 @@ class Instruction:
 
 
 class PrivacyStatement(Frozen):
-    """What a site's protection costs so far. Every number follows from public constants, none from the records."""
+    """What a site's protection costs so far. Numbers follow from what was asked of the site, not from records."""
 
     unit: str
     relation: str

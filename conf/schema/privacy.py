@@ -84,7 +84,7 @@ class _DPSGD(_Budgeted):
         le=1000,
         description="release the round's mean training loss with this noise, which is charged; null: not released",
     )
-    loss_clip: float = Field(default=10.0, gt=0, le=1e4, description="bound on one unit's loss in the released mean")
+    loss_clip: float = Field(default=10.0, ge=1e-6, le=1e4, description="bound on one unit's loss in the released mean")
 
 
 class ExampleLevel(_DPSGD):

@@ -163,6 +163,23 @@ class Ledger:
             charges = charges_of(entries, self._concerned(transaction))
             return [charge.mechanism for charge in charges if run in (None, charge.run)]
 
+    def stated(self, run: str | None = None) -> Stated:
+        """Return what this site may say in public of a run, or of all of them: ε, and the rule that vouches for it.
+
+        It counts every data set of the ledger, whether or not a unit is shared: an upper bound for each unit, and no
+        answer to the question which records lie in which data set.
+        """
+        with self._journal.reading() as (transaction, entries):
+            everything = frozenset(transaction.fingerprints())
+            charges = [charge for charge in charges_of(entries, everything) if run in (None, charge.run)]
+            return self._state(entries, charges, everything)
+
+    def steps_booked(self, run: str) -> int:
+        """Return how many steps a run has booked on all data sets of this ledger."""
+        with self._journal.reading() as (transaction, entries):
+            charges = charges_of(entries, frozenset(transaction.fingerprints()))
+            return sum(charge.mechanism.steps for charge in charges if charge.run == run)
+
     @property
     def budget(self) -> Budget:
         """The budget that holds now: the smaller of the site file's and the ledger's."""

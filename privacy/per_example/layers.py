@@ -90,7 +90,7 @@ def _layers(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator
 def _rule_for(name: str, module: nn.Module, recorder: Recorder) -> Forward | None:
     # Rows of a routed expert are tokens picked from many examples; a few of them may look like a batch. A forward set
     # by somebody else (offloading) does more than the class says.
-    if "experts" in name.split(".") or "forward" in vars(module):
+    if "expert" in name or "forward" in vars(module):
         return None
     # Positions are mostly looked up once for the whole batch, so a row is no example's own. Whether they are shows only
     # in the first step, when a budget is spent; the name tells before.

@@ -88,4 +88,11 @@ def test_no_two_different_questions_share_their_noise(seeded: tuple[str, ...], o
 
 
 def test_the_stream_that_is_refused_outside_simulation_is_the_only_one_without_a_secret() -> None:
-    assert words(job(*SEEDED)) == SecureStream.insecure(5, 1, job(*SEEDED).inputs, 1).uniform(4).tolist()
+    assert words(job(*SEEDED)) == SecureStream.insecure(5, 1, job(*SEEDED)._plain_inputs, 1).uniform(4).tolist()
+
+
+def test_what_the_ledger_stores_of_the_records_cannot_be_tested_without_the_secret() -> None:
+    """Whoever knows all records but one could try candidates for the last against a plain hash."""
+    assert job().inputs(SECRET) != job().inputs(b"t" * 32)
+    assert job().inputs(SECRET) != job()._plain_inputs
+    assert job().inputs(SECRET) == job().inputs(SECRET) != job(records=(1, 3)).inputs(SECRET)

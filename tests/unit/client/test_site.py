@@ -66,14 +66,17 @@ def test_epsilon_is_that_of_the_executed_steps(make_site: Make, small: Make, ins
     assert privacy.epsilon_run > 7.9, "the noise is calibrated for the whole run, not for each round"
 
 
-def test_the_budget_is_a_hard_stop(make_site: Make, small: Make, instruct: Make) -> None:
+def test_the_budget_is_a_hard_stop(
+    make_site: Make, small: Make, instruct: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     experiment = small()
     site = make_site(experiment)
     assert [site.handle(instruct(experiment, number)).header.status for number in (1, 2)] == ["trained", "trained"]
     # The server starts over under another name: the records are the same, so the budget is.
     reply = site.handle(instruct(experiment, 1, run="again"))
     assert (reply.header.status, reply.header.code) == ("refused", "budget_exceeded")
-    assert "above its budget of 8" in reply.header.reason
+    assert reply.header.reason == "the round would exceed this site's budget"
+    assert "above its budget of 8" in caplog.text, "the figures are the operator's"
     assert not reply.tensors
 
 

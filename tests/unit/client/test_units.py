@@ -24,9 +24,10 @@ def test_every_record_is_its_own_unit() -> None:
 
 def test_a_record_is_what_is_read_of_it() -> None:
     """An export with one more column, or in another order, is the same data: the ledger must know it again."""
-    numbered = [{**row, "row_id": str(n)} for n, row in enumerate(reversed(ROWS))]
+    exported = [{"body": row["text"], "row_id": str(n)} for n, row in enumerate(reversed(ROWS))]
+    renamed = DATA.model_copy(update={"columns": TextColumns(text="body")})
     privacy = ExampleLevel(noise_multiplier=1.0)
-    assert set(units_of(numbered, privacy, DATA, KEY).names) == set(units_of(ROWS, privacy, DATA, KEY).names)
+    assert set(units_of(exported, privacy, renamed, KEY).names) == set(units_of(ROWS, privacy, DATA, KEY).names)
 
 
 def test_a_user_owns_only_their_own_records_and_at_most_the_cap() -> None:
