@@ -62,8 +62,13 @@ def show(
 
     from cli.ledger_views import burn_down_figure, entries_table, spending_views
     from privacy.ledger.summary import summarize
+    from privacy.ledger.verification import structural_problems
+    from protocol.errors import PrivacyError
 
-    snapshot = _read(_place(site, ledger, None))
+    place = _place(site, ledger, None)
+    snapshot = _read(place)
+    for problem in structural_problems(snapshot, key=None):
+        raise PrivacyError(f"the ledger at {place.location} does not hold: {problem.text}; run: cloister ledger verify")
     summary = summarize(snapshot)
     console = Console(highlight=False)
     for view in spending_views(summary):
@@ -131,7 +136,7 @@ def init(
     keys: KeysOption = None,
     epsilon: Annotated[float | None, typer.Option(help="default: the site file's")] = None,
     delta: Annotated[float | None, typer.Option(help="default: the site file's")] = None,
-    unit: Annotated[str, typer.Option(help="what is protected: record or user")] = "record",
+    unit: Annotated[str | None, typer.Option(help="record or user; default: the site file's, or record")] = None,
     reason: Annotated[str, typer.Option(help="why this budget; stays in the ledger")] = "cloister ledger init",
 ) -> None:
     """Make the site's keys and its ledger, with the first budget."""
@@ -143,14 +148,13 @@ def init(
     from protocol.errors import ConfigError, PrivacyError
 
     place = _place(site, ledger, keys)
-    given = place.budget
-    if given is None and (epsilon is None or delta is None):
+    if place.budget is not None:
+        epsilon = place.budget.epsilon if epsilon is None else epsilon
+        delta = place.budget.delta if delta is None else delta
+        unit = place.budget.unit if unit is None else unit
+    if epsilon is None or delta is None:
         raise ConfigError("a new ledger needs a budget: add --epsilon and --delta, or a budget in the site file")
-    budget = Budget(
-        epsilon if epsilon is not None or given is None else given.epsilon,  # pyright: ignore[reportArgumentType]
-        delta if delta is not None or given is None else given.delta,  # pyright: ignore[reportArgumentType]
-        unit,
-    )
+    budget = Budget(epsilon, delta, unit or "record")
     folder = _keys_folder(place)
     journal = Journal(place.location, load_or_create_keys(folder).signing)
     try:
@@ -217,8 +221,8 @@ def _place(site: Path | None, ledger: str | None, keys: Path | None) -> _Place:
 
     file = read_site_file(site)
     folder = Path(file.state_directory)
-    budget = None if file.budget is None else Budget(file.budget.epsilon, file.budget.delta)
-    return _Place(folder / "ledger.db", keys or folder, budget)
+    budget = None if file.budget is None else Budget(file.budget.epsilon, file.budget.delta, file.budget.unit)
+    return _Place(file.ledger or folder / "ledger.db", keys or folder, budget)
 
 
 def _keys_folder(place: _Place) -> Path:

@@ -65,7 +65,7 @@ def _runs_table(data: DataSetSpending) -> Table:
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for run in data.runs:
         table.add_row(
-            run.run, str(run.reservations), str(run.uncommitted or ""), str(run.steps), epsilon_text(run.epsilon)
+            Text(run.run), str(run.reservations), str(run.uncommitted or ""), str(run.steps), epsilon_text(run.epsilon)
         )
     return table
 
@@ -76,12 +76,14 @@ def entries_table(entries: Sequence[Entry], total: int) -> Table:
     for heading in ("#", "at", "kind", "what", "hash"):
         table.add_column(heading, justify="right" if heading == "#" else "left", no_wrap=heading != "what")
     for entry in entries:
-        table.add_row(str(entry.sequence), entry.at[:19], entry.kind, entry_summary(entry), entry.hash[:12])
+        table.add_row(str(entry.sequence), entry.at[:19], entry.kind, Text(entry_summary(entry)), entry.hash[:12])
     return table
 
 
 def entry_summary(entry: Entry) -> str:
     """Return what an entry says, in a line."""
+    from privacy.mechanisms import SubsampledGaussian
+
     content = entry.content
     if entry.kind == "budget":
         return (
@@ -89,10 +91,8 @@ def entry_summary(entry: Entry) -> str:
         )
     if entry.kind == "commit":
         return f"of entry {content['reserve']}, output {content['output_digest'][:12]}"
-    mechanism = content["mechanism"]
-    parameters = (
-        f"{mechanism['steps']} steps, q={mechanism['sampling_rate']:.4g}, σ={mechanism['noise_multiplier']:.4g}"
-    )
+    mechanism = SubsampledGaussian.from_json(content["mechanism"])
+    parameters = f"{mechanism.steps} steps, q={mechanism.sampling_rate:.4g}, σ={mechanism.noise_multiplier:.4g}"
     if entry.kind == "schedule":
         return f"run {content['run']}, whole: {parameters}"
     again = f", attempt {content['attempt']}" if content["attempt"] > 1 else ""
@@ -107,8 +107,8 @@ def verification_lines(found: Verification) -> list[str]:
         second = sum(figure.renyi is not None for figure in found.figures)
         third = sum(figure.at_least is not None for figure in found.figures)
         lines.append(
-            f"{len(found.figures)} stated ε recomputed; {second} against Rényi DP from above, {third} (the last of each "
-            "run) against rounded-down privacy losses from below"
+            f"{len(found.figures)} stated ε recomputed; {second} against Rényi DP from above, {third} (the last of "
+            "each run) against rounded-down privacy losses from below"
         )
     lines.append(f"head     {found.head}")
     lines.append("note the head: entries cut off later show only against it (--head)")

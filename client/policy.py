@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conf.schema.privacy import local_privacy
+from conf.schema.privacy import NoPrivacy, local_privacy
 from conf.schema.site import SiteFile, SitePolicy
 from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader
@@ -30,6 +30,11 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
     if plan.task != site.task:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
     asked = local_privacy(plan.privacy)
+    seeds = [each.insecure_seed for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
+    if any(seed is not None for seed in seeds) and not policy.allow_insecure_seed:
+        raise SiteRefusal(
+            "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
+        )
     if asked.kind == "none":
         if plan.privacy.kind == "client_level":
             _check_trust(policy)
@@ -38,10 +43,6 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
                 "no_privacy", "the plan protects nothing and this site's policy.allow_no_privacy is false"
             )
         return
-    if asked.insecure_seed is not None and not policy.allow_insecure_seed:
-        raise SiteRefusal(
-            "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
-        )
     if asked.kind == "user_level" and site.published_users is None:
         raise SiteRefusal("no_users", "this site publishes no count of users, so it takes no part in user-level runs")
     if site.budget is not None and site.budget.unit != _UNITS[asked.kind]:

@@ -104,7 +104,7 @@ class Site:
         tokenized, kept = self._tokenized
         asked = (privacy, key)
         if asked not in self._units:
-            self._units = {asked: units_of(kept, privacy, self.file.data.user_column, key)}
+            self._units = {asked: units_of(kept, privacy, self.file.data, key)}
         return SiteRecords(tokenized.examples, self._units[asked])
 
 

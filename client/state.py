@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from privacy.identity import identify
-
 from client.units import Units
 from conf.schema.site import SiteFile
+from privacy.identity import identify
 from privacy.ledger import Budget, Ledger, SiteKeys, load_or_create_keys
 from protocol.errors import SiteRefusal
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from conf.schema.data import DataConfig
 from conf.schema.privacy import LocalPrivacy, UserLevel
 from finetuning.datasets import Row, cell
 from protocol.errors import DataError
@@ -29,8 +30,10 @@ class Units:
         return len(self.members)
 
 
-def units_of(rows: Sequence[Row], privacy: LocalPrivacy, user_column: str | None, key: bytes) -> Units:
+def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: bytes) -> Units:
     """Return the units of records, one row per example.
+
+    A record is identified by what is read of it (`data.columns`): an added column or another order makes no new record.
 
     Under user-level privacy a person keeps at most `max_records_per_user` records, those with the smallest keyed hash:
     a choice that neither the server nor the order of the file makes.
@@ -39,7 +42,8 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, user_column: str | None
         DataError: user-level privacy, and no user column or a row without a value in it.
     """
     if not isinstance(privacy, UserLevel):
-        return Units(tuple((position,) for position in range(len(rows))), tuple(_content(row) for row in rows))
+        return Units(tuple((position,) for position in range(len(rows))), tuple(_content(row, data) for row in rows))
+    user_column = data.user_column
     if user_column is None:
         raise DataError("user-level privacy needs data.user_column, the column that names the person; it is null")
     owned: dict[bytes, list[int]] = {}
@@ -47,7 +51,7 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, user_column: str | None
         owned.setdefault(_user(row, user_column, number), []).append(number - 1)
 
     def chosen(positions: list[int]) -> tuple[int, ...]:
-        by_hash = sorted(positions, key=lambda position: _hash(key, _content(rows[position])))
+        by_hash = sorted(positions, key=lambda position: _hash(key, _content(rows[position], data)))
         return tuple(sorted(by_hash[: privacy.max_records_per_user]))
 
     kept = {user: chosen(positions) for user, positions in owned.items()}
@@ -65,8 +69,9 @@ def _user(row: Row, column: str, number: int) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()
 
 
-def _content(row: Row) -> bytes:
-    return json.dumps(dict(row), sort_keys=True, default=str, ensure_ascii=False).encode()
+def _content(row: Row, data: DataConfig) -> bytes:
+    read = {name: row.get(name) for field, name in data.columns if field != "kind" and name is not None}
+    return json.dumps(read, sort_keys=True, default=str, ensure_ascii=False).encode()
 
 
 def _hash(key: bytes, content: bytes) -> bytes:

@@ -20,6 +20,7 @@ from privacy.correlated.build import INDEPENDENT, build_factorization
 from privacy.correlated.factorization import Factorization
 from privacy.correlated.participation import Participation
 from privacy.mechanisms import SubsampledGaussian
+from privacy.noise import GaussianNoise
 from privacy.plan import default_delta
 from protocol.errors import PrivacyError
 
@@ -74,13 +75,9 @@ class ClientLevelPlan:
             return self.noise_multiplier
         return update_noise_multiplier(self.noise_multiplier, self.adaptive.count_noise)
 
-    def noise_scale(self, clip_norm: float) -> float:
-        """Return what a round's unit noise is multiplied with before it is added to the sum of weighted updates.
-
-        One site changes a round's sum by at most `clip_norm` x `max_weight`, and C x by the factorization's
-        sensitivity times that.
-        """
-        return self.update_noise_multiplier * self.sensitivity * clip_norm * self.max_weight
+    def noise(self, clip_norm: float) -> GaussianNoise:
+        """Return the noise on z of C x + z: one site changes a round's sum by at most `clip_norm` x `max_weight`."""
+        return GaussianNoise(self.update_noise_multiplier, self.sensitivity * clip_norm * self.max_weight)
 
     def mechanism(self, round_number: int) -> SubsampledGaussian | None:
         """Return what is booked before a round, from 1.

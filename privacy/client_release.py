@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from privacy.adaptive_clip import next_clip_norm
@@ -76,9 +75,10 @@ class ClientLevelRelease:
         """
         plan, parts = self._plan, total.parts
         values = sum(part.numel() for part in parts.values())
-        noise = self._noise.next(lambda: stream.gaussian(values)) * plan.noise_scale(self._clip_norm)
-        noised = np.concatenate([part.numpy().ravel() for part in parts.values()]) + noise
-        released = torch.from_numpy(noised / plan.normalizer).float()
+        drawn = torch.from_numpy(self._noise.next(lambda: stream.gaussian(values)))
+        exact = torch.cat([part.flatten() for part in parts.values()])
+        (noised,) = plan.noise(self._clip_norm).add_drawn((exact,), (drawn,))
+        released = noised / plan.normalizer
         if plan.adaptive is not None:
             noised_count = total.count + plan.adaptive.count_noise * float(stream.gaussian(1)[0])
             self._clip_norm = next_clip_norm(self._clip_norm, noised_count, plan.expected_sites, plan.adaptive)

@@ -161,7 +161,7 @@ def _relation(unit: Unit, sampling: PoissonSampling) -> str:
     added = _RELATIONS[unit]
     if sampling.truncation is None:
         return added
-    return f"{added}, in one of its {sampling.slots} published slots"
+    return f"{added}, in one of its published slots"
 
 
 def _agreed_delta(asked: float | None, site_delta: float | None, published: int, num_units: int) -> float:

@@ -7,17 +7,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from privacy.correlated.participation import Participation
 from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import SiteCard
 from protocol.records import record_to_card
 
-__all__ = ["Invitations", "Member", "draw_cohort", "draw_within_limits", "enroll", "weights_of"]
+__all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "weights_of"]
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -95,52 +94,18 @@ def draw_cohort(members: tuple[Member, ...], size: int | None, seed: int, round_
     return tuple(sorted(chosen, key=lambda member: member.site))
 
 
-@dataclass(frozen=True)
-class Invitations:
-    """In which rounds each site was asked: taking part means being asked, whether or not the site replied."""
+def draw_in_rotation(members: tuple[Member, ...], size: int, seed: int, round_number: int) -> tuple[Member, ...]:
+    """Return the next `size` sites of an endless rotation in an order drawn at random, in the order of their names.
 
-    rounds: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-
-    def extended(self, cohort: tuple[Member, ...], round_number: int) -> Invitations:
-        """Return the invitations with one more round."""
-        asked = {member.site: (*self.rounds.get(member.site, ()), round_number) for member in cohort}
-        return Invitations({**self.rounds, **asked})
-
-    def allow(self, site: str, round_number: int, limits: Participation) -> bool:
-        """Whether a site may be asked in a round, after those before it."""
-        before = self.rounds.get(site, ())
-        return len(before) < limits.max_participations and (
-            not before or round_number - before[-1] >= limits.min_separation
-        )
-
-
-def draw_within_limits(
-    members: tuple[Member, ...],
-    size: int,
-    seed: int,
-    round_number: int,
-    limits: Participation,
-    invitations: Invitations,
-) -> tuple[Member, ...]:
-    """Return `size` sites that the limits allow, those that were not asked for longest, in the order of their names.
-
-    Ties are broken at random. In rotation no site is asked again before all others were, so it waits for
-    len(members) // size rounds, and no two sites differ by more than one participation: whatever
-    `Participation.refuse_impossible` lets pass can be kept to the last round.
-
-    Raises:
-        FederationError: too few sites may be asked.
+    A site's invitations are len(members) invitations apart, so len(members) // size or more rounds, and no site is
+    asked more than one time more than another. Every participation limit that `Participation.refuse_impossible` lets
+    pass is thereby kept. Taking part means being asked, whether or not the site replies.
     """
-    allowed = [member for member in members if invitations.allow(member.site, round_number, limits)]
-    if len(allowed) < size:
-        raise FederationError(
-            f"round {round_number} needs {size} sites, only {len(allowed)} may take part with min_separation="
-            f"{limits.min_separation} and max_participations={limits.max_participations}; lower "
-            "federation.cohort_size or federation.rounds"
-        )
-    random.Random(f"cohort|{seed}|{round_number}").shuffle(allowed)
-    allowed.sort(key=lambda member: invitations.rounds.get(member.site, (0,))[-1])
-    return tuple(sorted(allowed[:size], key=lambda member: member.site))
+    order = list(members)
+    random.Random(f"rotation|{seed}").shuffle(order)
+    first = (round_number - 1) * size
+    chosen = [order[(first + offset) % len(order)] for offset in range(size)]
+    return tuple(sorted(chosen, key=lambda member: member.site))
 
 
 def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:

@@ -18,7 +18,7 @@ from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest
 from server.budget import RunBudget, open_budget
-from server.cohort import Invitations, Member, draw_cohort, draw_within_limits, weights_of
+from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
 from strategies.base import Aggregator, Strategy
@@ -152,7 +152,7 @@ class ClientLevelProtection:
         self._experiment, self._plan, self._members = experiment, plan, members
         self._insecure_seed = insecure_seed
         self._budget = budget
-        self._invitations = Invitations()
+        self._settings = client_plan(experiment, "any").digest
         self._release = ClientLevelRelease(plan)
         self._round = 0
         self._reservation: Reservation | None = None
@@ -166,17 +166,14 @@ class ClientLevelProtection:
 
     def cohort(self, round_number: int) -> tuple[Member, ...]:
         """Return a Poisson cohort, which may be empty, or `cohort_size` sites within the participation limits."""
-        federation, seed, limits = self._experiment.federation, self._experiment.seed, self._plan.participation
+        federation, seed = self._experiment.federation, self._experiment.seed
         if self._plan.secret_cohort:
             sampling = PoissonSampling(self._plan.sampling_rate, self._plan.population)
             drawn = sampling.draw(self._plan.population, self._stream("cohort", round_number))
             return tuple(self._members[position] for position in drawn)
-        if limits is None:
+        if self._plan.participation is None:
             return draw_cohort(self._members, federation.cohort_size, seed, round_number)
-        size = federation.cohort_size or len(self._members)
-        cohort = draw_within_limits(self._members, size, seed, round_number, limits, self._invitations)
-        self._invitations = self._invitations.extended(cohort, round_number)
-        return cohort
+        return draw_in_rotation(self._members, federation.cohort_size or len(self._members), seed, round_number)
 
     def reserve(self, round_number: int, layout: Layout) -> None:
         """Book the round; with correlated noise, the whole run before round 1."""
@@ -193,7 +190,7 @@ class ClientLevelProtection:
     def combined(self) -> NamedTensors:
         """Return the noised sum over the public normalizer; the exact sum is dropped."""
         folded, self._sum = self._folded, None
-        released = self._release.release(folded, self._stream("noise", self._round, _digest(folded)))
+        released = self._release.release(folded, self._stream("noise", self._settings, self._round, _digest(folded)))
         self._released = digest(released)
         return released
 
@@ -235,13 +232,12 @@ class ClientLevelProtection:
     def _stream(self, *context: str | int) -> SecureStream:
         """Return fresh randomness: the operating system's, unless it is to be repeatable.
 
-        A repeatable stream is bound to the experiment and, for noise, to the exact sum that it is added to: the same
-        noise never lies on two different sums, or their difference would be free of it.
+        Repeatable noise is bound to the settings and to the exact sum that it is added to: the same noise never lies
+        on two different sums, or their difference would be free of it.
         """
         if self._insecure_seed is None:
             return SecureStream.from_operating_system()
-        settings = client_plan(self._experiment, "any").digest
-        return SecureStream.insecure(self._insecure_seed, "server", settings, *context)
+        return SecureStream.insecure(self._insecure_seed, "server", *context)
 
 
 def _digest(folded: ClippedSum) -> str:

@@ -26,7 +26,7 @@ class RoundNoise(Protocol):
     """The noise of one run, round by round. Its state lives in memory, for this run only."""
 
     def next(self, draw: Draw) -> np.ndarray:
-        """Return the next round's noise for z of unit variance, float64. May call `draw` more than once."""
+        """Return the next round's noise for z of unit variance, float64; the caller may overwrite it."""
         ...
 
 

@@ -26,7 +26,7 @@ class Participation:
         """Check that `cohort` of `population` sites can be asked in every round within the limits.
 
         Both conditions are necessary (the sites of `min_separation` consecutive rounds all differ; invitations add
-        up), and asking the sites in rotation meets both.
+        up), and asking the sites in rotation, as the server does, keeps the limits wherever both hold.
 
         Raises:
             PrivacyError: naming the limit that is too tight, and what to change.

@@ -55,7 +55,7 @@ class BandedNoise:
         noise = draw().copy()
         for coefficient, past in zip(self._lags, self._past, strict=False):
             noise -= coefficient * past
-        self._past.appendleft(noise)
+        self._past.appendleft(noise.copy())
         return noise
 
 

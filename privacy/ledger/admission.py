@@ -15,6 +15,7 @@ holds (docs/decisions/0007-ledger.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from privacy.filter import RenyiFilter
 from privacy.ledger.budget import Budget
 from privacy.ledger.chain import Entry
 from privacy.mechanisms import SubsampledGaussian
+from protocol.errors import PrivacyError
 
 __all__ = ["RULES", "Charge", "Rule", "Stated", "charges_of", "filter_epsilon", "rule_for", "schedules_of", "state"]
 
@@ -107,7 +109,7 @@ def state(rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Sequen
 
 
 def filter_epsilon(mechanisms: Iterable[SubsampledGaussian], budget: Budget, entries: Iterable[Entry]) -> float:
-    """Return the ε that the filter vouches for.
+    """Return the ε that the filter vouches for; infinity where the budget is too small for any filter.
 
     Its order must not depend on outputs. So it is the order for the budget under which the ledger's first booking at
     this δ was made; a budget that is lowered or raised later moves the limit, not the order.
@@ -117,4 +119,7 @@ def filter_epsilon(mechanisms: Iterable[SubsampledGaussian], budget: Budget, ent
         if entry.kind == "reserve" and entry.content["budget"]["delta"] == budget.delta:
             epsilon = entry.content["budget"]["epsilon"]
             break
-    return RenyiFilter(epsilon, budget.delta).epsilon_of(mechanisms)
+    try:
+        return RenyiFilter(epsilon, budget.delta).epsilon_of(mechanisms)
+    except PrivacyError:  # so small a budget that no order leaves anything for adaptive choices
+        return math.inf

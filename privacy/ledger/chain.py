@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class Entry:
     @property
     def expected_hash(self) -> str:
         """The hash that the other fields give."""
-        covered = {name: value for name, value in asdict(self).items() if name not in ("hash", "signature")}
+        covered = {name: getattr(self, name) for name in _COVERED}
         return hashlib.sha256(canonical_json(covered).encode()).hexdigest()
 
     def is_signed_by(self, key: VerifyingKey) -> bool:
@@ -67,6 +67,9 @@ class Entry:
         except ValueError:
             return False
         return key.accepts(signature, _SIGNED + self.hash.encode())
+
+
+_COVERED = tuple(field.name for field in fields(Entry) if field.name not in ("hash", "signature"))
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,14 @@ def seal(
     return replace(hashed, signature=key.sign(_SIGNED + hashed.hash.encode()).hex())
 
 
-def first_fault(entries: Sequence[Entry], key: VerifyingKey, trusted: frozenset[str] = frozenset()) -> Fault | None:
+def first_fault(
+    entries: Sequence[Entry], key: VerifyingKey | None, trusted: frozenset[str] = frozenset()
+) -> Fault | None:
     """Return what is wrong with the first entry that is not as it was written; None for an intact chain.
 
     Args:
         entries: all of them, by sequence number.
-        key: the site's public key.
+        key: the site's public key; None leaves the signatures unchecked.
         trusted: hashes whose signature was checked before; hashes and order are checked always.
     """
     previous = GENESIS
@@ -120,7 +125,7 @@ def first_fault(entries: Sequence[Entry], key: VerifyingKey, trusted: frozenset[
     return None
 
 
-def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey, trusted: bool) -> Fault | None:
+def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey | None, trusted: bool) -> Fault | None:
     number = entry.sequence
     if number != expected:
         return Fault("missing", expected, f"entry {expected} is missing: entry {number} stands in its place")
@@ -132,11 +137,11 @@ def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey, truste
             number,
             f"entry {number} does not follow what stands before it: that was replaced, removed or moved",
         )
-    if entry.key_id != key.key_id:
+    if key is not None and entry.key_id != key.key_id:
         return Fault(
             "signature", number, f"entry {number} names key {entry.key_id}, which is not the site's {key.key_id}"
         )
-    if not trusted and not entry.is_signed_by(key):
+    if key is not None and not trusted and not entry.is_signed_by(key):
         return Fault(
             "signature", number, f"the signature of entry {number} is not the site's: it was forged or damaged"
         )

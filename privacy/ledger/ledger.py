@@ -146,8 +146,8 @@ class Ledger:
             elif before != output_digest:
                 raise ReplayDiverged(
                     f"attempt {reservation.attempt} of round {reserved.content['round']} gave output "
-                    f"{output_digest[:12]} where it had given {before[:12]}: the same noise on different gradients would "
-                    "reveal their difference, so nothing may leave; reserve a fresh attempt, which is charged"
+                    f"{output_digest[:12]} where it had given {before[:12]}: the same noise on different gradients "
+                    "would reveal their difference, so nothing may leave; reserve a fresh attempt, which is charged"
                 )
 
     def spent(self, run: str | None = None) -> float:

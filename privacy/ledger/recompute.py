@@ -6,18 +6,14 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.rdp import RdpAccountant
 
 from privacy.mechanisms import SubsampledGaussian
 
-__all__ = ["lower_bound", "renyi_bound"]
+__all__ = ["lower_bound"]
 
 _GRID = 1e-4
 """Fixed, so that no search for a grid is shared with the accountant that is checked."""
-
-_HALF_ORDERS = [1 + quarter / 4 for quarter in range(1, 40)] + list(range(11, 65)) + [96, 128, 256, 512]
 
 
 def lower_bound(mechanisms: Sequence[SubsampledGaussian], delta: float) -> float:
@@ -32,14 +28,6 @@ def lower_bound(mechanisms: Sequence[SubsampledGaussian], delta: float) -> float
         return math.inf
     losses = [_one_step(rate, noise).self_compose(count) for (rate, noise), count in steps.items()]
     return float(reduce(lambda left, right: left.compose(right), losses).get_epsilon_for_delta(delta))
-
-
-def renyi_bound(mechanisms: Sequence[SubsampledGaussian], delta: float) -> float:
-    """Return an upper bound by Rényi DP (Mironov et al. 2019, arXiv 1908.10530) over a fixed set of orders."""
-    accountant = RdpAccountant(_HALF_ORDERS)
-    for (rate, noise), count in _steps(mechanisms).items():
-        accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), count)
-    return float(accountant.get_epsilon(delta))
 
 
 def _steps(mechanisms: Sequence[SubsampledGaussian]) -> dict[tuple[float, float], int]:

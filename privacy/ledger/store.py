@@ -118,9 +118,10 @@ class Store:
             _prepare_file(Path(self.name), create)
         self._engine = _engine(url)
         try:
-            with self._engine.begin() as connection:
-                if create:
+            if create:
+                with self._engine.begin() as connection:
                     _metadata.create_all(connection)
+            with self._connected_for_reading() as connection:
                 _check_layout(connection, self.name)
         except SQLAlchemyError as error:
             self._engine.dispose()
@@ -135,7 +136,7 @@ class Store:
     @contextmanager
     def reading(self) -> Generator[Transaction, None, None]:
         """See one state of the ledger, without keeping anybody from writing."""
-        with self._engine.connect().execution_options(cloister_reading=True) as connection:
+        with self._connected_for_reading() as connection:
             yield Transaction(connection)
 
     def snapshot(self) -> Snapshot:
@@ -147,6 +148,9 @@ class Store:
     def close(self) -> None:
         """Release the database."""
         self._engine.dispose()
+
+    def _connected_for_reading(self) -> Connection:
+        return self._engine.connect().execution_options(cloister_reading=True)
 
 
 def _url(location: str | Path) -> URL:

@@ -12,14 +12,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from privacy.accounting import rdp_epsilon_of
 from privacy.ledger.admission import Rule, charges_of, rule_for, schedules_of, state
 from privacy.ledger.budget import Budget, stored_budget
 from privacy.ledger.chain import GENESIS, Entry, first_fault
 from privacy.ledger.keys import VerifyingKey
-from privacy.ledger.recompute import lower_bound, renyi_bound
+from privacy.ledger.recompute import lower_bound
 from privacy.ledger.store import Snapshot
 
-__all__ = ["Figure", "Problem", "Verification", "figures_of", "verify"]
+__all__ = ["Figure", "Problem", "Verification", "figures_of", "structural_problems", "verify"]
 
 _SAME = 0.02
 """Relative; the grid of the accountant converges to one percent, and a later release may converge further."""
@@ -47,7 +48,7 @@ class Figure:
     recomputed: float
     """By the same rule, from the entries."""
     renyi: float | None
-    """An upper bound by a second accountant; None where it is none (the filter, cut batches, discrete noise)."""
+    """An upper bound by a second accountant; None for the filter, which may exceed it."""
     at_least: float | None
     """A lower bound by a third; computed for the last figure of each run, which is the one that counts."""
     budget: Budget
@@ -79,15 +80,25 @@ def verify(snapshot: Snapshot, key: VerifyingKey, head: str | None = None) -> Ve
     """
     entries = snapshot.entries
     last = entries[-1].hash if entries else GENESIS
-    fault = first_fault(entries, key)
-    if fault is not None:
-        return Verification(len(entries), last, (Problem(fault.sequence, fault.text),), ())
-    problems = [*_head_problems(entries, head), *_data_problems(snapshot), *_commit_problems(entries)]
-    if problems:
-        return Verification(len(entries), last, tuple(problems), ())
+    broken = (*structural_problems(snapshot, key), *_head_problems(entries, head))
+    if broken:
+        return Verification(len(entries), last, broken, ())
     figures = figures_of(snapshot)
     budgets = _budget_problems(entries, figures)
     return Verification(len(entries), last, (*_figure_problems(figures), *budgets), figures)
+
+
+def structural_problems(snapshot: Snapshot, key: VerifyingKey | None) -> tuple[Problem, ...]:
+    """Return the first fault of the chain, or else what is wrong with data sets and commits.
+
+    Args:
+        snapshot: the ledger.
+        key: the site's public key; None leaves the signatures unchecked.
+    """
+    fault = first_fault(snapshot.entries, key)
+    if fault is not None:
+        return (Problem(fault.sequence, fault.text),)
+    return (*_data_problems(snapshot), *_commit_problems(snapshot.entries))
 
 
 def figures_of(snapshot: Snapshot) -> tuple[Figure, ...]:
@@ -108,7 +119,6 @@ def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
     budget = Budget(**content["budget"])
     rule = rule_for(charges, schedules_of(until, concerned, content["run"]))
     mechanisms = [charge.mechanism for charge in charges]
-    plain = all(mechanism.truncation is None and not mechanism.discrete for mechanism in mechanisms)
     return Figure(
         sequence=entry.sequence,
         run=content["run"],
@@ -116,7 +126,7 @@ def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
         rule=rule,
         stated=content["epsilon_after"],
         recomputed=state(rule, charges, budget, until).epsilon,
-        renyi=renyi_bound(mechanisms, budget.delta) if plain and rule == "schedule" else None,
+        renyi=rdp_epsilon_of(mechanisms, budget.delta) if rule == "schedule" else None,
         at_least=lower_bound(mechanisms, budget.delta) if is_last else None,
         budget=budget,
     )

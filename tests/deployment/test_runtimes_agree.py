@@ -97,14 +97,9 @@ def test_a_site_that_no_machine_can_hold_is_refused(setting: str, kind: str, tmp
     assert not ray.is_initialized()
 
 
-def test_flowers_engine_started_by_flwr_run_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
+def test_plain_flwr_run_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
     path = tmp_path / "run"
-    flower.flwr_run(
-        "simulation",
-        {"experiment": experiment_in(path).canonical_json()},
-        "--federation-config",
-        f"num-supernodes={len(SITES)} client-resources-num-cpus=1",
-    )
+    flower.flwr_run("simulation", {"experiment": experiment_in(path).canonical_json()})
     assert (path / "summary.json").is_file(), flower.logs()
     assert_same_result(path, reference)
 

@@ -111,5 +111,6 @@ def test_a_run_directory_that_exists(tmp_path: Path) -> None:
 
 
 def test_a_layer_without_a_rule_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PrivacyError, match=r"no per-example gradient rule, first .*embed_tokens.*one_by_one"):
-        run(tmp_path, "peft.targets=[embed_tokens]")
+    refusing = ("privacy.per_example_gradients=opacus", "privacy.without_rule=refuse")
+    with pytest.raises(PrivacyError, match=r"no per-example gradient rule in opacus: .*embed_tokens.*one_by_one"):
+        run(tmp_path, "peft.targets=[embed_tokens]", *refusing)

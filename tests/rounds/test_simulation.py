@@ -48,7 +48,7 @@ def test_every_site_stays_within_its_budget_and_uses_it(private_run: tuple[Simul
         assert 7.9 < privacy["epsilon_run"] <= 8 == privacy["epsilon_budget"]
         assert privacy["steps_executed"] == 6
         assert 0 < privacy["delta"] < 1e-3
-        assert privacy["relation"] == "add or remove one record of a site"
+        assert privacy["relation"] == "add or remove one record of a site, in one of its published slots"
 
 
 def test_epsilon_grows_from_round_to_round(private_run: tuple[Simulated, list[Event]]) -> None:

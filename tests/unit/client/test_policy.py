@@ -18,7 +18,12 @@ CLIENTS = ("privacy=client_level",)
 def header(*overrides: str, round_number: int = 1) -> InstructionHeader:
     plan = client_plan(compose_experiment(overrides), "run")
     return InstructionHeader(
-        round=round_number, plan=plan, plan_digest=plan.digest, base_digest="b" * 64, adapter_digest="a" * 64
+        round=round_number,
+        plan=plan,
+        plan_digest=plan.digest,
+        base_digest="b" * 64,
+        adapter_digest="a" * 64,
+        clip_norm=1.0 if plan.privacy.kind == "client_level" else None,
     )
 
 
@@ -40,6 +45,7 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
     [
         (header("privacy=none"), site(), "no_privacy"),
         (header("privacy.insecure_seed=1"), site(), "insecure_seed"),
+        (header("privacy=client_level", "privacy.insecure_seed=1"), site(trust_server_noise=True), "insecure_seed"),
         (header(), site(budget=None), "no_budget"),
         (header(), site(budget=SiteBudget(unit="user", epsilon=8, delta=1e-5)), "wrong_unit"),
         (header(*USERS), site(), "no_users"),

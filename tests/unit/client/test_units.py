@@ -5,23 +5,32 @@ import random
 import pytest
 
 from client.units import units_of
+from conf.schema.data import DataConfig, DataSource, TextColumns
 from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel
 from protocol.errors import DataError
 
 KEY = b"k" * 32
+DATA = DataConfig(source=DataSource(path="notes.jsonl"), columns=TextColumns(), user_column="patient")
 ROWS = [{"text": f"note {n}", "patient": f"p{n % 4}"} for n in range(22)]
 USERS = UserLevel(noise_multiplier=1.0, max_records_per_user=3)
 
 
 def test_every_record_is_its_own_unit() -> None:
     for privacy in (NoPrivacy(), ExampleLevel(noise_multiplier=1.0)):
-        units = units_of(ROWS, privacy, "patient", KEY)
+        units = units_of(ROWS, privacy, DATA, KEY)
         assert units.members == tuple((position,) for position in range(22))
         assert len(set(units.names)) == 22
 
 
+def test_a_record_is_what_is_read_of_it() -> None:
+    """An export with one more column, or in another order, is the same data: the ledger must know it again."""
+    numbered = [{**row, "row_id": str(n)} for n, row in enumerate(reversed(ROWS))]
+    privacy = ExampleLevel(noise_multiplier=1.0)
+    assert set(units_of(numbered, privacy, DATA, KEY).names) == set(units_of(ROWS, privacy, DATA, KEY).names)
+
+
 def test_a_user_owns_only_their_own_records_and_at_most_the_cap() -> None:
-    units = units_of(ROWS, USERS, "patient", KEY)
+    units = units_of(ROWS, USERS, DATA, KEY)
     assert sorted(units.names) == [b'"p0"', b'"p1"', b'"p2"', b'"p3"']
     for name, members in zip(units.names, units.members, strict=True):
         assert len(members) == 3
@@ -30,7 +39,7 @@ def test_a_user_owns_only_their_own_records_and_at_most_the_cap() -> None:
 
 def test_which_records_are_kept_depends_on_the_key_and_not_on_the_order_of_the_file() -> None:
     def kept(rows: list[dict[str, str]], key: bytes) -> set[str]:
-        return {rows[p]["text"] for members in units_of(rows, USERS, "patient", key).members for p in members}
+        return {rows[p]["text"] for members in units_of(rows, USERS, DATA, key).members for p in members}
 
     shuffled = random.Random(0).sample(ROWS, len(ROWS))
     assert kept(ROWS, KEY) == kept(shuffled, KEY)
@@ -39,15 +48,15 @@ def test_which_records_are_kept_depends_on_the_key_and_not_on_the_order_of_the_f
 
 def test_adding_a_user_changes_no_other_users_records() -> None:
     more = [*ROWS, *({"text": f"new {n}", "patient": "p9"} for n in range(5))]
-    before, after = units_of(ROWS, USERS, "patient", KEY), units_of(more, USERS, "patient", KEY)
+    before, after = units_of(ROWS, USERS, DATA, KEY), units_of(more, USERS, DATA, KEY)
     owned = dict(zip(after.names, after.members, strict=True))
     assert all(owned[name] == members for name, members in zip(before.names, before.members, strict=True))
 
 
 def test_user_level_needs_a_user_of_every_record() -> None:
     with pytest.raises(DataError, match=r"user-level privacy needs data\.user_column"):
-        units_of(ROWS, USERS, None, KEY)
+        units_of(ROWS, USERS, DATA.model_copy(update={"user_column": None}), KEY)
     with pytest.raises(DataError, match=r"row 23 has no value in data\.user_column='patient'"):
-        units_of([*ROWS, {"text": "x", "patient": ""}], USERS, "patient", KEY)
+        units_of([*ROWS, {"text": "x", "patient": ""}], USERS, DATA, KEY)
     with pytest.raises(DataError, match=r"data\.user_column"):
-        units_of(ROWS, USERS, "person", KEY)
+        units_of(ROWS, USERS, DATA.model_copy(update={"user_column": "person"}), KEY)

@@ -22,7 +22,10 @@ from protocol.instructions import (
 )
 
 TENSORS = {"x": torch.ones(2)}
-CANDIDATES = ("other", 0.125, 7, True, False, ["other"], "published_records", "one_by_one", "bf16", "linear", "cosine")
+CANDIDATES = (
+    *("other", 0.125, 7, True, False, ["other"], "published_records", "one_by_one", "bf16", "linear", "cosine"),
+    *("refuse", "discrete"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,258 @@
+"""Tampering: whatever is changed, the first changed, missing or moved entry is named."""
+
+import shutil
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from privacy.accounting import rdp_epsilon_of
+from privacy.ledger import SigningKey
+from privacy.ledger.chain import SCHEMA_VERSION, Entry, first_fault, seal
+from privacy.ledger.recompute import lower_bound
+from privacy.ledger.store import Snapshot, Store
+from privacy.ledger.summary import summarize
+from privacy.ledger.verification import verify
+from privacy.mechanisms import SubsampledGaussian, Truncation
+
+STEP = SubsampledGaussian(0.05, 1.0, 10)
+
+
+def read(path: Path) -> Snapshot:
+    store = Store(path, create=False)
+    try:
+        return store.snapshot()
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def kept(open_ledger, booking, people, path) -> Path:
+    """Entries: 1 budget, 2 schedule, 3 reserve, 4 commit, 5 reserve, 6 commit, 7 schedule, 8 reserve."""
+    ledger = open_ledger()
+    for number in (1, 2):
+        ledger.commit(ledger.reserve(booking(number)), f"out {number}")
+    open_ledger(data=people(40, 60)).reserve(booking(1, run="second"))
+    return path
+
+
+def first_problem(path: Path, key: SigningKey, statement: str, *parameters: object) -> str:
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement, parameters)
+    found = verify(read(path), key.verifying)
+    assert not found.holds
+    return found.problems[0].text
+
+
+def test_an_untouched_ledger_holds_and_every_figure_is_recomputed(kept, key) -> None:
+    found = verify(read(kept), key.verifying)
+    assert found.problems == ()
+    assert found.entries == 8
+    assert [(figure.sequence, figure.rule) for figure in found.figures] == [
+        (3, "schedule"),
+        (5, "schedule"),
+        (8, "filter"),
+    ]
+    for figure in found.figures:
+        assert figure.recomputed == pytest.approx(figure.stated)
+    second = found.figures[1]
+    assert second.at_least is not None
+    assert second.renyi is not None
+    assert second.at_least <= second.stated <= second.renyi
+    assert second.at_least == pytest.approx(second.stated, rel=0.05)
+    assert found.figures[2].renyi is None
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        SubsampledGaussian(0.05, 1.0, 10, Truncation(200, 20)),
+        SubsampledGaussian(0.05, 1.0, 10, discrete=True),
+        SubsampledGaussian(1.0, 4.0, 1),
+    ],
+    ids=["cut", "discrete", "one Gaussian"],
+)
+def test_every_kind_of_mechanism_can_be_recomputed(open_ledger, booking, path, key, mechanism) -> None:
+    open_ledger().reserve(booking(1, mechanism=mechanism))
+    assert verify(read(path), key.verifying).problems == ()
+
+
+@pytest.mark.parametrize("column", [name for name in Entry.__dataclass_fields__ if name != "sequence"])
+def test_an_entry_altered_in_any_column_is_named(kept, key, column: str) -> None:
+    value = {"schema_version": 2, "previous": "f" * 64, "hash": "f" * 64, "signature": "0" * 128}.get(column, "x")
+    text = first_problem(kept, key, f"UPDATE entries SET {column} = ? WHERE sequence = 5", value)
+    assert "entry 5" in text
+
+
+def test_an_altered_number_is_named_even_if_its_hash_is_mended(kept, key) -> None:
+    """Whoever mends the hash cannot mend the signature."""
+    entry = read(kept).entries[4]
+    forged = replace(entry, payload=entry.payload.replace('"steps":10', '"steps":1'))
+    assert forged.payload != entry.payload
+    statement = "UPDATE entries SET payload = ?, hash = ? WHERE sequence = 5"
+    text = first_problem(kept, key, statement, forged.payload, forged.expected_hash)
+    assert text == "the signature of entry 5 is not the site's: it was forged or damaged"
+
+
+@pytest.mark.parametrize(("deleted", "named"), [(1, 1), (5, 5), (7, 7)])
+def test_a_removed_entry_is_named(kept, key, deleted: int, named: int) -> None:
+    text = first_problem(kept, key, "DELETE FROM entries WHERE sequence = ?", deleted)
+    assert text == f"entry {named} is missing: entry {named + 1} stands in its place"
+
+
+def test_a_removed_entry_is_noticed_when_the_gap_is_closed(kept, key) -> None:
+    with sqlite3.connect(kept) as connection:
+        connection.execute("DELETE FROM entries WHERE sequence = 5")
+    text = first_problem(kept, key, "UPDATE entries SET sequence = sequence - 1 WHERE sequence > 5")
+    assert text == "entry 5 was written as entry 6: entries were moved, removed or inserted"
+
+
+def test_entries_that_changed_places_are_named(kept, key) -> None:
+    with sqlite3.connect(kept) as connection:
+        for old, new in ((4, 100), (6, 4), (100, 6)):
+            connection.execute("UPDATE entries SET sequence = ? WHERE sequence = ?", (new, old))
+    assert (
+        first_problem(kept, key, "SELECT 1")
+        == "entry 4 was written as entry 6: entries were moved, removed or inserted"
+    )
+
+
+def test_an_inserted_entry_is_named(kept, key) -> None:
+    """Also one with a true signature, such as a copy from another ledger of the same site."""
+    entries = read(kept).entries
+    copied = seal(key, entries[2], "commit", _date(entries[0]), entries[2].fingerprint, {"reserve": 3})
+    with sqlite3.connect(kept) as connection:
+        connection.execute("DELETE FROM entries WHERE sequence = 4")
+        values = tuple(copied.__dict__[name] for name in Entry.__dataclass_fields__)
+        connection.execute(f"INSERT INTO entries VALUES ({','.join('?' * len(values))})", values)
+    assert first_problem(kept, key, "SELECT 1").startswith("entry 5 does not follow what stands before it")
+
+
+def test_a_ledger_written_anew_with_another_key_is_refused(kept, key) -> None:
+    other, chain = SigningKey.generate(), []
+    for entry in read(kept).entries:
+        chain.append(
+            seal(other, chain[-1] if chain else None, entry.kind, _date(entry), entry.fingerprint, entry.content)  # type: ignore[arg-type]
+        )
+    assert first_fault(chain, other.verifying) is None
+    fault = first_fault(chain, key.verifying)
+    assert fault is not None
+    assert fault.text == f"entry 1 names key {other.key_id}, which is not the site's {key.key_id}"
+    pretended = [replace(entry, key_id=key.key_id) for entry in chain]
+    pretended = [replace(pretended[0], hash=pretended[0].expected_hash)]
+    fault = first_fault(pretended, key.verifying)
+    assert fault is not None
+    assert "signature of entry 1" in fault.text
+
+
+def test_a_version_of_the_future_is_not_guessed_at(key, kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("privacy.ledger.chain.SCHEMA_VERSION", SCHEMA_VERSION + 1)
+    problem = verify(read(kept), key.verifying).problems[0].text
+    assert problem.startswith(f"entry 1 has schema version {SCHEMA_VERSION}, this release reads {SCHEMA_VERSION + 1}")
+
+
+def test_a_cut_tail_shows_against_a_noted_head(kept, key, tmp_path) -> None:
+    head = read(kept).entries[-1].hash
+    shutil.copy(kept, tmp_path / "copy.db")
+    with sqlite3.connect(kept) as connection:
+        connection.execute("DELETE FROM entries WHERE sequence > 5")
+        connection.execute("DELETE FROM data_sets WHERE fingerprint NOT IN (SELECT fingerprint FROM entries)")
+    assert verify(read(kept), key.verifying).holds  # what the documentation says cannot be noticed
+    problem = verify(read(kept), key.verifying, head=head[:12]).problems[0].text
+    assert problem.startswith(f"no entry has the hash {head[:12]} that was noted: entries were cut off at the end")
+    assert verify(read(tmp_path / "copy.db"), key.verifying, head=head).holds
+
+
+def test_a_cut_tail_shows_by_the_data_set_it_leaves_behind(kept, key) -> None:
+    text = first_problem(kept, key, "DELETE FROM entries WHERE sequence > 6")
+    assert "the entries that used it were cut off" in text
+
+
+def test_units_cannot_be_taken_out_of_a_data_set(kept, key) -> None:
+    """Without them another data set with the same people would look unspent."""
+    second = read(kept).entries[7].fingerprint
+    with sqlite3.connect(kept) as connection:
+        connection.execute("UPDATE data_sets SET units = substr(units, 17) WHERE fingerprint = ?", (second,))
+    assert first_problem(kept, key, "SELECT 1").startswith(f"the units of data set {second[:12]} were altered")
+    text = first_problem(kept, key, "DELETE FROM data_sets WHERE fingerprint = ?", second)
+    assert text == f"the data set {second[:12]} of entry 7 is missing"
+
+
+def _date(entry: Entry):
+    from datetime import datetime
+
+    return datetime.fromisoformat(entry.at)
+
+
+def rewritten(snapshot: Snapshot, key: SigningKey, number: int, **changes: object) -> Snapshot:
+    """Return the ledger as the key's holder would write it with other content in one entry."""
+    chain: list[Entry] = []
+    for entry in snapshot.entries:
+        content = entry.content | (changes if entry.sequence == number else {})
+        last = chain[-1] if chain else None
+        chain.append(seal(key, last, entry.kind, _date(entry), entry.fingerprint, content))  # type: ignore[arg-type]
+    return Snapshot(tuple(chain), snapshot.data_sets)
+
+
+def test_a_wrong_figure_is_found_though_the_site_signed_it(kept, key) -> None:
+    snapshot = read(kept)
+    for number, stated in ((5, 0.5), (5, 9.0), (8, 0.5)):
+        problem = verify(rewritten(snapshot, key, number, epsilon_after=stated), key.verifying).problems[0]
+        assert problem.sequence == number
+        assert f"states ε={stated:.4f}, but what is booked comes to" in problem.text
+
+
+def test_a_faulty_accountant_is_found_by_the_others(kept, key, monkeypatch: pytest.MonkeyPatch) -> None:
+    from privacy.ledger import admission
+
+    snapshot = read(kept)
+    truth = [entry.content.get("epsilon_after") for entry in snapshot.entries]
+    for factor, text in ((0.5, "but the true value is at least"), (2.0, "that Rényi DP guarantees")):
+        monkeypatch.setattr(admission, "epsilon_of", lambda mechanisms, delta, f=factor: f * true(mechanisms, delta))
+        wrong = rewritten(snapshot, key, 5, epsilon_after=factor * truth[4])
+        assert any(text in problem.text for problem in verify(wrong, key.verifying).problems)
+    assert rdp_epsilon_of([STEP], 1e-5) > true([STEP], 1e-5) > lower_bound([STEP], 1e-5)
+
+
+def true(mechanisms: list[SubsampledGaussian], delta: float) -> float:
+    from privacy.accounting import epsilon_of
+
+    return epsilon_of(mechanisms, delta)
+
+
+def test_an_admission_beyond_the_budget_is_found(kept, key) -> None:
+    snapshot = read(kept)
+    lower = rewritten(snapshot, key, 1, epsilon=0.2)
+    problems = [problem.text for problem in verify(lower, key.verifying).problems]
+    assert "entry 3 was admitted under a budget that was not in force" in problems
+    low = {"epsilon": 0.2, "delta": 1e-5, "unit": "record"}
+    problems = [problem.text for problem in verify(rewritten(snapshot, key, 3, budget=low), key.verifying).problems]
+    assert any(text.startswith("entry 3 was admitted at ε=") and "above the budget of 0.2" in text for text in problems)
+
+
+def test_commits_are_checked(kept, key) -> None:
+    snapshot = read(kept)
+    again = verify(rewritten(snapshot, key, 6, reserve=3), key.verifying).problems[0].text
+    assert again == "entry 6 commits entry 3 again, after entry 4"
+    nothing = verify(rewritten(snapshot, key, 6, reserve=2), key.verifying).problems[0].text
+    assert nothing == "entry 6 commits entry 2, which is no reservation"
+
+
+def test_the_summary_says_who_spent_what(kept) -> None:
+    summary = summarize(read(kept))
+    first, second = summary.data_sets
+    assert first.shares_units_with == (second.fingerprint,)
+    assert [(run.run, run.reservations, run.uncommitted, run.steps) for run in first.runs] == [
+        ("run", 2, 0, 20),
+        ("second", 1, 1, 10),
+    ]
+    assert first.spent == second.spent
+    assert first.spent.rule == "filter"
+    assert first.left == pytest.approx(10 - first.spent.epsilon)
+    assert [point.sequence for point in first.points] == [3, 5]
+
+
+def test_bounds_of_nothing_and_of_no_noise() -> None:
+    assert lower_bound([], 1e-5) == 0.0
+    assert lower_bound([SubsampledGaussian(0.1, 0.0, 1)], 1e-5) == float("inf")

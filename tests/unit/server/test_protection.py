@@ -1,0 +1,65 @@
+"""What client-level privacy refuses before anything is sent, at the server and on the wire."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from client.rounds import _clipped
+from conf.compose import compose_experiment
+from protocol.errors import PrivacyError, SiteRefusal
+from protocol.instructions import InstructionHeader, SiteCard, client_plan, decode_instruction
+from server.cohort import Member
+from server.protection import ClientLevelProtection, protection_for
+from strategies.build import build_strategy
+
+MEMBERS = tuple(
+    Member(node, SiteCard(cloister_version="0", site=f"site-{node}", published_records=100)) for node in range(1, 5)
+)
+
+
+def protection(path: Path, strategy: Any = None) -> ClientLevelProtection:
+    experiment = compose_experiment(["privacy=client_level"])
+    directory: Any = SimpleNamespace(path=path, run="run-1")
+    made = protection_for(experiment, strategy or build_strategy(experiment.strategy), MEMBERS, directory)
+    assert isinstance(made, ClientLevelProtection)
+    return made
+
+
+def test_a_strategy_that_is_no_sum_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrivacyError, match=r"strategy=ffa_lora is no weighted sum of updates, .* its clip norm"):
+        protection(tmp_path, SimpleNamespace(is_linear=False))
+
+
+def test_nothing_is_released_that_was_not_reserved(tmp_path: Path) -> None:
+    made = protection(tmp_path)
+    with pytest.raises(RuntimeError, match="a round must be reserved before anything is folded into it"):
+        made.combined()
+    made.close()
+
+
+@pytest.mark.parametrize(("privacy", "clip_norm"), [("client_level", None), ("none", 1.0), ("example_level", 1.0)])
+def test_a_clip_norm_comes_with_client_level_privacy_and_with_nothing_else(
+    privacy: str, clip_norm: float | None
+) -> None:
+    plan = client_plan(compose_experiment([f"privacy={privacy}"]), "run-1")
+    right = InstructionHeader(
+        round=1,
+        plan=plan,
+        plan_digest=plan.digest,
+        base_digest="",
+        adapter_digest="",
+        clip_norm=1.0 if clip_norm is None else None,
+    )
+    wrong = right.model_copy(update={"clip_norm": clip_norm}).model_dump_json()
+    assert decode_instruction(right.model_dump_json(), {}).header == right
+    with pytest.raises(SiteRefusal, match="clip_norm belongs to client-level privacy, and to nothing else"):
+        decode_instruction(wrong, {})
+
+
+def test_a_site_refuses_to_send_what_cannot_be_clipped() -> None:
+    with pytest.raises(SiteRefusal, match="the update is not finite and cannot be clipped") as refused:
+        _clipped({"a": torch.tensor([float("nan")])}, 1.0)
+    assert refused.value.code == "update_not_finite"
