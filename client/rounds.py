@@ -205,9 +205,9 @@ def _published_units(asked: LocalPrivacy, file: SiteFile) -> int:
 def _released(trained: Trained, job: TrainingJob) -> dict[str, float]:
     """Return the metrics that leave: what is public, what was noised, and without privacy what the policy lets out."""
     metrics: dict[str, float] = {}
+    protected = job.header.plan.privacy.kind != "none"
     if trained.noisy_loss is not None:
         metrics["noisy_training_loss"] = trained.noisy_loss
-    protected = job.header.plan.privacy.kind != "none"
     if not protected and job.file.policy.release_training_loss:
         metrics["training_loss"] = trained.diagnostics.mean_loss
     return releasable(metrics, protected=protected)

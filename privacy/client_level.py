@@ -20,13 +20,13 @@ from privacy.correlated.build import INDEPENDENT, build_factorization
 from privacy.correlated.factorization import Factorization
 from privacy.correlated.participation import Participation
 from privacy.mechanisms import SubsampledGaussian
-from privacy.noise import GaussianNoise
 from privacy.plan import default_delta
 from protocol.errors import PrivacyError
 
 if TYPE_CHECKING:
     import torch
 
+    from privacy.noise import GaussianNoise
     from protocol.tensors import NamedTensors
 
 __all__ = ["ClientLevelPlan", "bounded_weights", "build_client_level_plan", "clip_update", "update_norm"]
@@ -75,8 +75,15 @@ class ClientLevelPlan:
             return self.noise_multiplier
         return update_noise_multiplier(self.noise_multiplier, self.adaptive.count_noise)
 
+    def noise_scale(self, clip_norm: float) -> float:
+        """Return the standard deviation of z in C x + z, per coordinate."""
+        return self.update_noise_multiplier * self.sensitivity * clip_norm * self.max_weight
+
     def noise(self, clip_norm: float) -> GaussianNoise:
         """Return the noise on z of C x + z: one site changes a round's sum by at most `clip_norm` x `max_weight`."""
+        # Imported here: `cloister plan` makes plans, and has no use for torch and its seconds.
+        from privacy.noise import GaussianNoise
+
         return GaussianNoise(self.update_noise_multiplier, self.sensitivity * clip_norm * self.max_weight)
 
     def mechanism(self, round_number: int) -> SubsampledGaussian | None:

@@ -21,7 +21,7 @@ Make = Callable[..., Any]
 
 
 def test_a_round_returns_an_update_of_what_the_strategy_trains(make_site: Make, small: Make, instruct: Make) -> None:
-    experiment = small()
+    experiment = small("strategy=ffa_lora")
     asked = instruct(experiment)
     reply = make_site(experiment).handle(asked)
     assert reply.header.status == "trained"

@@ -101,7 +101,10 @@ def test_a_new_kind_starts_its_node_afresh() -> None:
             "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); set "
             "privacy.per_example_gradients=native, or peft.dora=false",
         ),
-        (["peft.dora=true", "privacy=none"], "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude"),
+        (
+            ["strategy=ffa_lora", "peft.dora=true", "privacy=none"],
+            "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude",
+        ),
         (["privacy.target_epsilon=null"], "neither is set; give exactly one of"),
         (["task=classification", "data=csv_labelled", "data.source.path=x.csv", "task.labels=[a,a]"], "repeated: a"),
     ],
@@ -121,7 +124,6 @@ def test_dora_trains_privately_where_a_rule_or_a_way_out_exists(backend: list[st
         (["privacy=none"], "nothing protects the sites' records"),
         (["privacy.insecure_seed=3"], "noise is repeatable"),
         (["privacy.target_epsilon=50"], "is a weak promise"),
-        (["strategy=fedit"], "noises both LoRA factors"),
     ],
 )
 def test_warnings(overrides: list[str], warning: str) -> None:
