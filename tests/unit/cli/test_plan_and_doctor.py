@@ -36,7 +36,7 @@ def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
 
 
 def test_given_counts_as_json() -> None:
-    told = json.loads(plan(*CHEAP, "--records", "1000,2000", "--json").output)
+    told = json.loads(plan(*CHEAP, "strategy=ffa_lora", "--records", "1000,2000", "--json").output)
     assert [site["published"] for site in told["sites"]] == [1000, 2000]
     assert told["sites"][0]["epsilon"] > told["sites"][1]["epsilon"] > 0
     assert told["feasible"] is True
@@ -61,7 +61,7 @@ def test_users_are_drawn_from_their_own_published_count() -> None:
 
 
 def test_whole_sites_are_one_line_and_what_each_enforces_besides_follows() -> None:
-    told = json.loads(plan("privacy=client_level_tree", "--json").output)
+    told = json.loads(plan("privacy=client_level_tree", "federation.cohort_size=2", "--json").output)
     assert [(site["label"], site["published"]) for site in told["sites"]] == [("federation", 4)]
     assert told["unit"] == "site"
     assert told["sites"][0]["epsilon"] <= 8
