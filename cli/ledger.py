@@ -144,7 +144,7 @@ def init(
 
     from privacy.ledger.budget import Budget
     from privacy.ledger.journal import Journal
-    from privacy.ledger.keys import load_or_create_keys
+    from privacy.ledger.keys import HEAD_FILE, load_or_create_keys
     from protocol.errors import ConfigError, PrivacyError
 
     place = _place(site, ledger, keys)
@@ -156,7 +156,7 @@ def init(
         raise ConfigError("a new ledger needs a budget: add --epsilon and --delta, or a budget in the site file")
     budget = Budget(epsilon, delta, unit or "record")
     folder = _keys_folder(place)
-    journal = Journal(place.location, load_or_create_keys(folder).signing)
+    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=folder / HEAD_FILE)
     try:
         with journal.reading() as (_, entries):
             if entries:
@@ -188,7 +188,7 @@ def set_budget(
 
     from privacy.ledger.budget import Budget, stored_budget
     from privacy.ledger.journal import Journal
-    from privacy.ledger.keys import load_or_create_keys
+    from privacy.ledger.keys import HEAD_FILE, load_or_create_keys
     from protocol.errors import PrivacyError
 
     place = _place(site, ledger, keys)
@@ -196,7 +196,8 @@ def set_budget(
     if old is None:
         raise PrivacyError(f"the ledger at {place.location} has no budget yet; run: cloister ledger init")
     new = Budget(epsilon, old.delta if delta is None else delta, old.unit if unit is None else unit)
-    journal = Journal(place.location, load_or_create_keys(_keys_folder(place)).signing)
+    folder = _keys_folder(place)
+    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=folder / HEAD_FILE)
     try:
         entry = journal.set_budget(new, reason)
     finally:

@@ -16,7 +16,7 @@ __all__ = ["baseline_table", "byte_text", "delta_text", "epsilon_text", "outcome
 
 _SCOPE = {
     True: "of the server's noise, for a whole site",
-    False: "the largest of any site, for a record that lives at one",
+    False: "the largest of any site, for a unit that lives at one",
 }
 
 
@@ -111,6 +111,8 @@ def epsilon_text(value: float | None) -> str:
     """Return ε for people, rounded up: a rounded promise must not sound better than the kept one."""
     if value is None:
         return "–"
+    if math.isinf(value):
+        return "∞"
     return f"{math.ceil(value * 100) / 100:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""One round at a site, in reading order: policy, reserve, train, difference, clip, commit, reply."""
+"""One round at a site, in reading order: policy, reserve, train, difference, commit, clip, reply."""
 
 from __future__ import annotations
 
@@ -222,13 +222,14 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    this_run = ledger.stated(plan.run)
+    this_run, budget = ledger.stated(plan.run), ledger.budget.epsilon
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
-        epsilon_run=this_run.epsilon,
-        epsilon_total=ledger.stated().epsilon,
-        epsilon_budget=ledger.budget.epsilon,
+        # The ledger admits nothing above the budget, for any unit; disjoint data sets may add up to more.
+        epsilon_run=min(this_run.epsilon, budget),
+        epsilon_total=min(ledger.stated().epsilon, budget),
+        epsilon_budget=budget,
         delta=privacy.delta,
         accountant=privacy.accountant if this_run.rule == "schedule" else f"{RENYI}, as a filter",
         noise_multiplier=privacy.noise_multiplier,

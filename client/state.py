@@ -10,7 +10,7 @@ from pathlib import Path
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
-from privacy.ledger import Budget, Ledger, SiteKeys, load_or_create_keys
+from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys
 from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
@@ -22,7 +22,7 @@ class SiteState:
     def __init__(self, site: SiteFile) -> None:
         self._site = site
         self._folder = Path(site.state_directory)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._ledger: tuple[Units, Ledger] | None = None
 
     @cached_property
@@ -50,7 +50,8 @@ class SiteState:
         self.close()
         where = self._site.ledger or self._folder / "ledger.db"
         identity = identify(units.names, self.secret)
-        ledger = Ledger(where, self._keys.signing, identity, Budget(budget.epsilon, budget.delta, budget.unit))
+        promised = Budget(budget.epsilon, budget.delta, budget.unit)
+        ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)
         self._ledger = (units, ledger)
         return ledger
 

@@ -227,10 +227,17 @@ def _high_epsilon(experiment: Experiment) -> str | None:
     return None
 
 
+def _both_factors_under_noise(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
+        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora is steadier"
+    return None
+
+
 WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
     _high_epsilon,
+    _both_factors_under_noise,
 )
 
 

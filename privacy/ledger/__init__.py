@@ -1,7 +1,7 @@
 """A site's record of what it has spent: durable, append-only, hash-chained, signed, and asked before every round."""
 
 from privacy.ledger.budget import Budget
-from privacy.ledger.keys import SigningKey, SiteKeys, load_or_create_keys
+from privacy.ledger.keys import HEAD_FILE, SigningKey, SiteKeys, load_or_create_keys
 from privacy.ledger.ledger import Booking, Ledger, Reservation
 
-__all__ = ["Booking", "Budget", "Ledger", "Reservation", "SigningKey", "SiteKeys", "load_or_create_keys"]
+__all__ = ["HEAD_FILE", "Booking", "Budget", "Ledger", "Reservation", "SigningKey", "SiteKeys", "load_or_create_keys"]

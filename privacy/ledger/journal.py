@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,8 +42,21 @@ class Pen:
 class Journal:
     """The chain in one store, under one site's key."""
 
-    def __init__(self, location: str | Path, key: SigningKey, clock: Clock = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        key: SigningKey,
+        clock: Clock = lambda: datetime.now(UTC),
+        head_file: Path | None = None,
+    ) -> None:
         """Open or make a journal.
+
+        Args:
+            location: a path (SQLite) or a PostgreSQL URL.
+            key: signs what is written.
+            clock: dates the entries.
+            head_file: keeps the hash of the last entry outside of the journal, so that a journal that was lost, cut or
+                set back to an older copy is noticed.
 
         Raises:
             PrivacyError: the store cannot be opened.
@@ -49,6 +64,7 @@ class Journal:
         self._store = Store(location)
         self._key = key
         self._clock = clock
+        self._head_file = head_file
         self._trusted: frozenset[str] = frozenset()
 
     @contextmanager
@@ -59,7 +75,9 @@ class Journal:
             PrivacyError: the chain is broken.
         """
         with self._store.writing() as transaction:
-            yield Pen(transaction, self._checked(transaction), self._key, self._clock)
+            pen = Pen(transaction, self._checked(transaction), self._key, self._clock)
+            yield pen
+        self._note_head(pen.entries)
 
     @contextmanager
     def reading(self) -> Generator[tuple[Transaction, tuple[Entry, ...]], None, None]:
@@ -95,4 +113,23 @@ class Journal:
                 "look with: cloister ledger verify, and restore a backup (the keys included)"
             )
         self._trusted = frozenset(entry.hash for entry in entries)
+        if self._head_file is not None and self._head_file.exists():
+            noted = self._head_file.read_text().strip()
+            if noted not in self._trusted:
+                raise PrivacyError(
+                    f"the ledger at {self._store.name} lacks the entry {noted[:12]} that {self._head_file} notes: it "
+                    "was lost, cut, or set back to an older copy, and would forget what was spent since; restore the "
+                    "newest copy"
+                )
         return entries
+
+    def _note_head(self, entries: Sequence[Entry]) -> None:
+        """Write the last entry's hash beside the keys, whole or not at all."""
+        if self._head_file is None or not entries:
+            return
+        partial = self._head_file.with_name(f".{self._head_file.name}.{os.getpid()}.{threading.get_ident()}")
+        with partial.open("w") as stream:
+            stream.write(entries[-1].hash + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self._head_file)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from protocol.errors import PrivacyError
 
 __all__ = [
+    "HEAD_FILE",
     "PUBLIC_KEY_FILE",
     "SECRET_FILE",
     "SIGNING_KEY_FILE",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 SIGNING_KEY_FILE, PUBLIC_KEY_FILE, SECRET_FILE = "ledger.key", "ledger.pub", "site.secret"
+HEAD_FILE = "ledger.head"
+"""The hash of the ledger's last entry, kept beside the keys: see `Journal`."""
 _SECRET_BYTES = 32
 
 

@@ -78,6 +78,7 @@ class Ledger:
         data: DataIdentity,
         budget: Budget,
         clock: Clock = lambda: datetime.now(UTC),
+        head_file: Path | None = None,
     ) -> None:
         """Open or make a ledger; the first use writes `budget` into it.
 
@@ -87,11 +88,12 @@ class Ledger:
             data: the units about to be used.
             budget: the site file's.
             clock: dates the entries; nothing is decided by it.
+            head_file: see `Journal`.
 
         Raises:
             PrivacyError: the ledger cannot be opened, was tampered with, or disagrees with the file about δ or unit.
         """
-        self._journal = Journal(location, key, clock)
+        self._journal = Journal(location, key, clock, head_file)
         self._data = data
         self._file_budget = budget
         self._overlaps: dict[str, bool] = {data.fingerprint: True}

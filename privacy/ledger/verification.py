@@ -9,6 +9,7 @@ private key wrote it anew. Both show against a head (the last entry's hash) that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -138,7 +139,11 @@ def _overlapping(snapshot: Snapshot, fingerprint: str) -> frozenset[str]:
 
 
 def _head_problems(entries: Sequence[Entry], head: str | None) -> Iterator[Problem]:
-    if head and not any(entry.hash.startswith(head) for entry in entries):
+    if head is None:
+        return
+    if not re.fullmatch(r"[0-9a-f]{12,64}", head):
+        yield Problem(None, f"the noted head {head!r} is no hash; give at least 12 of its hex digits")
+    elif not any(entry.hash.startswith(head) for entry in entries):
         yield Problem(
             None,
             f"no entry has the hash {head[:12]} that was noted: entries were cut off at the end, or all were rewritten",

@@ -70,7 +70,7 @@ def test_a_real_stream_is_bound_to_secret_run_and_attempt() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"overrides": ("strategy=ffa_lora",)},
+        {"overrides": ("strategy=fedit",)},
         {"overrides": ("seed=1",)},
         {"overrides": ("privacy.clip_norm=3",)},
         {"site": "other"},

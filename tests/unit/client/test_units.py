@@ -32,10 +32,10 @@ def test_a_record_is_what_is_read_of_it() -> None:
 
 def test_a_user_owns_only_their_own_records_and_at_most_the_cap() -> None:
     units = units_of(ROWS, USERS, DATA, KEY)
-    assert sorted(units.names) == [b'"p0"', b'"p1"', b'"p2"', b'"p3"']
+    assert sorted(units.names) == [b"p0", b"p1", b"p2", b"p3"]
     for name, members in zip(units.names, units.members, strict=True):
         assert len(members) == 3
-        assert {ROWS[position]["patient"] for position in members} == {name.decode().strip('"')}
+        assert {ROWS[position]["patient"] for position in members} == {name.decode()}
 
 
 def test_which_records_are_kept_depends_on_the_key_and_not_on_the_order_of_the_file() -> None:

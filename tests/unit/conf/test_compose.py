@@ -124,6 +124,7 @@ def test_dora_trains_privately_where_a_rule_or_a_way_out_exists(backend: list[st
         (["privacy=none"], "nothing protects the sites' records"),
         (["privacy.insecure_seed=3"], "noise is repeatable"),
         (["privacy.target_epsilon=50"], "is a weak promise"),
+        (["strategy=fedit"], "noises both LoRA factors"),
     ],
 )
 def test_warnings(overrides: list[str], warning: str) -> None:

@@ -29,7 +29,7 @@ def protection(path: Path, strategy: Any = None) -> ClientLevelProtection:
 
 
 def test_a_strategy_that_is_no_sum_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PrivacyError, match=r"strategy=fedit is no weighted sum of updates, .* its clip norm"):
+    with pytest.raises(PrivacyError, match=r"strategy=ffa_lora is no weighted sum of updates, .* its clip norm"):
         protection(tmp_path, SimpleNamespace(is_linear=False))
 
 

@@ -95,3 +95,22 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(PrivacyError, match=r"needs its driver; run: pip install 'cloister\[postgres\]'"):
         Store("postgresql://host/database")
+
+
+def test_a_ledger_that_was_lost_or_set_back_is_noticed(tmp_path: Path) -> None:
+    """Else deleting one file would give the whole budget back."""
+    location, head = tmp_path / "ledger.db", tmp_path / "ledger.head"
+    key = SigningKey.generate()
+    journal = Journal(location, key, head_file=head)
+    journal.set_budget(Budget(1.0, 1e-5), "")
+    journal.close()
+    older = location.read_bytes()
+    journal = Journal(location, key, head_file=head)
+    journal.set_budget(Budget(0.5, 1e-5), "")
+    journal.close()
+    for content in (older, b""):
+        location.write_bytes(content)
+        journal = Journal(location, key, head_file=head)
+        with pytest.raises(PrivacyError, match=r"lacks the entry .* lost, cut, or set back to an older copy"):
+            journal.set_budget(Budget(0.4, 1e-5), "")
+        journal.close()
