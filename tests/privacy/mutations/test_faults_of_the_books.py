@@ -8,6 +8,7 @@ import pytest
 
 import client.rounds
 import client.site
+import privacy.ledger.ledger
 import privacy.plan
 from client.units import units_of
 from conf.schema.privacy import ExampleLevel
@@ -20,8 +21,8 @@ Catches = Callable[..., None]
 @pytest.mark.fault("accountant reset each round")
 def test_accountant_reset_each_round(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """The stated ε counts the last round alone."""
-    real = PrivacyPlan.epsilon
-    monkeypatch.setattr(PrivacyPlan, "epsilon", lambda self, mechanisms: real(self, list(mechanisms)[-1:]))
+    real = privacy.ledger.ledger.charges_of
+    monkeypatch.setattr(privacy.ledger.ledger, "charges_of", lambda entries, data: real(entries, data)[-1:])
     catches(20)
 
 
@@ -62,6 +63,8 @@ def test_records_of_one_user_sold_as_user_level(monkeypatch: pytest.MonkeyPatch,
         return units_of(rows, ExampleLevel(noise_multiplier=1.0), *rest)
 
     monkeypatch.setattr(client.site, "units_of", of_records)
+    # Where every user publishes a slot, more records than slots are refused before anything is trained.
+    monkeypatch.setattr(privacy.plan, "_refuse_too_few_slots", lambda *_: None)
     catches(13, "privacy=user_level", "federation.local.expected_batch_size=5")
 
 
