@@ -130,10 +130,12 @@ def _booked(job: TrainingJob, ledger: Ledger, secret: bytes) -> Trained:
 
 
 def _clipped(update: NamedTensors, clip_norm: float) -> tuple[NamedTensors, bool]:
+    """Return the clipped update; zeros for one that is not finite, because a refusal would tell that it was not."""
     try:
         return clip_update(update, clip_norm)
     except PrivacyError as error:
-        raise SiteRefusal("update_not_finite", str(error)) from error
+        _log.warning("zeros are sent in place of the update: %s", error)
+        return {name: torch.zeros_like(tensor) for name, tensor in update.items()}, True
 
 
 def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:

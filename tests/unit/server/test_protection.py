@@ -59,7 +59,10 @@ def test_a_clip_norm_comes_with_client_level_privacy_and_with_nothing_else(
         decode_instruction(wrong, {})
 
 
-def test_a_site_refuses_to_send_what_cannot_be_clipped() -> None:
-    with pytest.raises(SiteRefusal, match="the update is not finite and cannot be clipped") as refused:
-        _clipped({"a": torch.tensor([float("nan")])}, 1.0)
-    assert refused.value.code == "update_not_finite"
+def test_an_update_that_cannot_be_clipped_is_sent_as_zeros(caplog: pytest.LogCaptureFixture) -> None:
+    """A refusal would tell the server, exactly and for free, that the site's update was not finite."""
+    for poison in (float("nan"), float("inf")):
+        update, below = _clipped({"a": torch.tensor([poison, 1.0]), "b": torch.ones(2)}, 1.0)
+        assert below
+        assert [tensor.tolist() for tensor in update.values()] == [[0.0, 0.0], [0.0, 0.0]]
+    assert "zeros are sent in place of the update: the update is not finite" in caplog.text
