@@ -13,7 +13,16 @@ from rich.table import Table
 
 from cli.tables import byte_text, epsilon_text, quality_text
 from conf.schema.experiment import Experiment
-from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
+from server.events import (
+    Evaluated,
+    Event,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    SiteReplied,
+)
 
 __all__ = ["PlainLines", "RoundsDisplay", "progress_for"]
 
@@ -73,6 +82,10 @@ class RoundsDisplay:
                 self._rounds = event.rounds
                 # Replies, not rounds, move the bar: the time left is then known early.
                 self._progress.update(self._task, description=self.name, total=event.rounds, completed=0)
+            case RunResumed():
+                self._sites = {site: _SiteLine() for site in event.sites}
+                self._rounds = event.rounds
+                self._progress.update(self._task, description=self.name, total=event.rounds, completed=event.round)
             case RoundStarted():
                 self._asked = len(event.cohort)
                 for site in event.cohort:
@@ -133,6 +146,9 @@ class PlainLines:
             case RunStarted():
                 sites = ", ".join(event.sites)
                 self._print(f"run {event.run}: {event.rounds} rounds, {len(event.sites)} sites: {sites}")
+                self._rounds = event.rounds
+            case RunResumed():
+                self._print(f"run {event.run}: goes on after round {event.round} of {event.rounds}")
                 self._rounds = event.rounds
             case SiteReplied(accepted=True):
                 self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down

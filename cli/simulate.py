@@ -26,6 +26,9 @@ def simulate_command(
     repeat: Annotated[
         Path | None, typer.Option("--from", help="Repeat the experiment of this run directory.", metavar="RUN")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with this interrupted run directory.", metavar="RUN")
+    ] = None,
 ) -> None:
     """Simulate a federation on this machine; with no argument, four synthetic clinics train privately at ε = 8."""
     from rich.console import Console
@@ -33,6 +36,13 @@ def simulate_command(
     from conf.compose import split_sweep
 
     console = Console(highlight=False)
+    if resume is not None:
+        if multirun or repeat is not None or overrides:
+            from protocol.errors import ConfigError
+
+            raise ConfigError("--resume goes on with one run as it was; leave out -m, --from and the overrides")
+        _print_outcome(_run(_stored(resume, []), console, RUNS, resume), console)
+        return
     if repeat is not None:
         if multirun:
             from protocol.errors import ConfigError
@@ -47,9 +57,12 @@ def simulate_command(
 
 
 def _run_once(experiment: Experiment, console: Console) -> None:
+    _print_outcome(_run(experiment, console, RUNS), console)
+
+
+def _print_outcome(run: Simulated, console: Console) -> None:
     from cli.tables import outcome_table
 
-    run = _run(experiment, console, RUNS)
     console.print(outcome_table(run.summary))
     console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)
 
@@ -70,7 +83,7 @@ def _run_sweep(jobs: list[tuple[str, ...]], console: Console) -> None:
     console.print(f"runs     {parent}", soft_wrap=True)
 
 
-def _run(experiment: Experiment, console: Console, parent: Path) -> Simulated:
+def _run(experiment: Experiment, console: Console, parent: Path, resume: Path | None = None) -> Simulated:
     from datetime import datetime
 
     from cli.progress import progress_for
@@ -79,15 +92,16 @@ def _run(experiment: Experiment, console: Console, parent: Path) -> Simulated:
     from server.app import new_run_path
     from server.run_directory import refuse_existing
 
-    path = new_run_path(experiment, parent, datetime.now())
-    refuse_existing(path)
+    path = resume or new_run_path(experiment, parent, datetime.now())
+    if resume is None:
+        refuse_existing(path)
     for warning in warnings_for(experiment):
         console.print(f"[yellow]warning[/yellow] {warning}", soft_wrap=True)
     quiet_libraries()
     from simulations.simulate import simulate
 
     with progress_for(experiment, console) as observe:
-        return simulate(experiment, path, (observe,))
+        return simulate(experiment, path, (observe,), resume=resume is not None)
 
 
 def _composed(overrides: list[str] | tuple[str, ...]) -> Experiment:

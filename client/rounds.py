@@ -66,6 +66,9 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
     check_policy(work.file, header)
+    if header.unused_rounds:
+        # Spent all the same: what was sent was seen.
+        _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
     adapted = work.adapted(plan)
     strategy = build_strategy(plan.strategy)
     trained_names = strategy.trained(adapted.names, header.round)

@@ -88,6 +88,9 @@ class InstructionHeader(Frozen):
     base_digest: str
     adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
     clip_norm: float | None = Field(default=None, gt=0, description="client-level: L2 bound on this round's update")
+    unused_rounds: tuple[int, ...] = Field(
+        default=(), description="earlier rounds of this run whose update from this site came too late or was rejected"
+    )
 
     @model_validator(mode="after")
     def _client_level_clips(self) -> InstructionHeader:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel
@@ -63,6 +64,14 @@ class Protection(Protocol):
 
     def commit(self) -> PrivacyStatement | None:
         """Mark the round as spent, and return what was spent so far; before the new adapter is used or stored."""
+        ...
+
+    def carried(self) -> Mapping[str, Any]:
+        """Return what the next round needs, as JSON values; stored in the checkpoint."""
+        ...
+
+    def restore(self, carried: Mapping[str, Any]) -> None:
+        """Go on from what `carried` returned before an interruption."""
         ...
 
     def observer(self, observe: Observer) -> Observer:
@@ -130,6 +139,13 @@ class NoProtection:
 
     def commit(self) -> None:
         """Nothing was spent here."""
+
+    def carried(self) -> Mapping[str, Any]:
+        """Return nothing: cohorts follow from the seed."""
+        return {}
+
+    def restore(self, carried: Mapping[str, Any]) -> None:
+        """Nothing is carried."""
 
     def observer(self, observe: Observer) -> Observer:
         """Pass on everything."""

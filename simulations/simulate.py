@@ -35,25 +35,31 @@ def simulate(
     path: Path,
     observers: Sequence[Observer] = (),
     population: Population | None = None,
+    *,
+    resume: bool = False,
 ) -> Simulated:
     """Run an experiment and return its run directory's path and summary.
 
     Args:
         experiment: what to run.
-        path: the run directory, which must not exist yet.
+        path: the run directory, which must not exist yet, unless it is to be resumed.
         observers: take the run's events, for a live display.
         population: the sites' records; None reads them as the experiment describes.
+        resume: go on from the newest checkpoint in `path`, with the sites' own files there.
 
     Raises:
         CloisterError: naming what is wrong; a problem with a site's data, model or budget shows before any training.
     """
-    refuse_existing(path)
+    if not resume:
+        refuse_existing(path)
     population = population or build_population(experiment)
     _check_cohort(experiment, len(population.parts))
     sites = population.sites(experiment, path / "sites")
     rehearse_all(experiment, path.name, list(sites.values()))
     in_process = experiment.runtime.kind == "in_process"
-    launch = Launch(experiment, path, observers, population.heldout, len(sites), waits_forever=in_process)
+    launch = Launch(
+        experiment, path, observers, population.heldout, len(sites), waits_forever=in_process, resume=resume
+    )
     if experiment.runtime.kind == "ray":
         from simulations.ray_engine import run_on_ray
 

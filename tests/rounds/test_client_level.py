@@ -71,7 +71,8 @@ class Run:
         return json.loads((self.path / "summary.json").read_text())
 
     def adapter(self, round_number: int) -> NamedTensors:
-        return load_tensors(self.path / "checkpoints" / f"round-{round_number:05d}.safetensors")[0]
+        stored = load_tensors(self.path / "checkpoints" / f"round-{round_number:05d}.safetensors")[0]
+        return {name.removeprefix("adapter/"): tensor for name, tensor in stored.items()}
 
     def moved(self, after: int, before: int) -> torch.Tensor:
         """All values of the difference of two rounds' adapters that were trained."""
