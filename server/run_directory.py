@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -65,7 +66,7 @@ class RunDirectory:
         if resume:
             _refuse_other(path, experiment)
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path)
+        self._handle = _lock(path)
         self._events: list[Event] = surviving(_stored_events(path)) if resume else []
         if any(isinstance(event, RunFinished) for event in self._events):
             raise ConfigError(f"run {path} has finished; to repeat it: cloister simulate --from {path}")
@@ -113,7 +114,10 @@ class RunDirectory:
         except BaseException as error:
             self._write_summary("failed", f"{type(error).__name__}: {error}")
             raise
-        self._write_summary("finished", "")
+        else:
+            self._write_summary("finished", "")
+        finally:
+            os.close(self._handle)
 
     def summary(self, status: str = "finished", error: str = "") -> dict[str, Any]:
         """Return the summary of what was observed so far."""
@@ -172,19 +176,19 @@ def _refuse_other(path: Path, experiment: Experiment) -> None:
         raise ConfigError(f"run {path} was started with another experiment; a run is resumed as it was")
 
 
-def _locked(path: Path) -> IO[bytes]:
-    """Return the open lock of a run; the operating system releases it when this process ends, however it ends.
+def _lock(path: Path) -> int:
+    """Lock a run's folder and return the open handle; the system releases it when this process ends, however it ends.
 
     Raises:
         ConfigError: another process has it.
     """
-    stream = (path / ".lock").open("wb")
+    handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        stream.close()
+        os.close(handle)
         raise ConfigError(f"run {path} is still going on in another process; stop that one first") from error
-    return stream
+    return handle
 
 
 def _stored_events(path: Path) -> list[Event]:
