@@ -29,6 +29,7 @@ __all__ = [
     "Instruction",
     "InstructionHeader",
     "PrivacyStatement",
+    "ReleaseClaim",
     "Reply",
     "ReplyHeader",
     "SiteCard",
@@ -79,6 +80,19 @@ def client_plan(experiment: Experiment, run: str) -> ClientPlan:
     )
 
 
+class ReleaseClaim(Frozen):
+    """What a server says it will do to the sum of clipped updates, in every round of a client-level run.
+
+    A site cannot verify it. It compares it with what the plan asks for, and books it.
+    """
+
+    noise_multiplier: float = Field(gt=0, description="of all that a round releases; of the whole run if correlated")
+    sampling_rate: float = Field(gt=0, le=1, description="1 unless cohorts are drawn in secret")
+    delta: float = Field(gt=0, lt=1)
+    min_separation: int | None = Field(default=None, ge=1, description="correlated noise only, as the next one")
+    max_participations: int | None = Field(default=None, ge=1)
+
+
 class InstructionHeader(Frozen):
     """One round's work. The digests are compared by the site before anything is spent."""
 
@@ -88,6 +102,8 @@ class InstructionHeader(Frozen):
     base_digest: str
     adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
     clip_norm: float | None = Field(default=None, gt=0, description="client-level: L2 bound on this round's update")
+
+    release: ReleaseClaim | None = Field(default=None, description="client-level: how the server noises the sum")
 
     @model_validator(mode="after")
     def _client_level_clips(self) -> InstructionHeader:

@@ -20,6 +20,7 @@ from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from server.evaluation import build_evaluator
+from server.budget import ServerBooks
 from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
 from server.rounds import Outcome, run_federation
 from server.run_directory import RunDirectory
@@ -39,6 +40,8 @@ class Launch:
     heldout: Sequence[Row] | None = None
     expected_sites: int | None = None
     """How many sites must be connected; None takes `federation.expected_sites`."""
+    books: ServerBooks | None = None
+    """Of the server's ledger; None keeps it in the run directory, unless `federation.server_ledger` names a folder."""
     waits_forever: bool = False
     """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
 
@@ -46,7 +49,7 @@ class Launch:
 def serve(grid: Grid, launch: Launch) -> Outcome:
     """Run an experiment on whatever runtime `grid` leads to."""
     experiment = launch.experiment
-    directory = RunDirectory(launch.path, experiment, base_digest(experiment.model))
+    directory = RunDirectory(launch.path, experiment, base_digest(experiment.model), books=_books(launch))
 
     def observe(event: Event) -> None:
         directory.observe(event)
@@ -60,6 +63,13 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
         return run_federation(
             grid, experiment, evaluator, directory, observe, expected_sites=expected, timeout_s=timeout_s
         )
+
+
+def _books(launch: Launch) -> ServerBooks | None:
+    federation = launch.experiment.federation
+    if federation.server_ledger is None:
+        return launch.books
+    return ServerBooks(Path(federation.server_ledger), federation.server_budget)
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
@@ -84,7 +94,8 @@ def _on_flowers_engine(grid: Grid, launch: Launch) -> Launch:
     nodes = len(list(grid.get_node_ids()))
     for entry in entry_points(group="cloister.simulated_nodes"):
         entry.load()(launch.experiment, nodes)
-    return replace(launch, expected_sites=nodes)
+    # One simulation after another spends nothing of real sites, so each keeps its books for itself.
+    return replace(launch, expected_sites=nodes, books=None)
 
 
 def launch_from_context(context: Context) -> Launch:
@@ -101,7 +112,8 @@ def launch_from_context(context: Context) -> Launch:
     path = new_run_path(experiment, home / "runs", datetime.now(UTC))
     _log_to_terminal()
     _log.info("run directory: %s", path)
-    return Launch(experiment, path, observers=(_log_event,))
+    books = ServerBooks(home / "server", experiment.federation.server_budget)
+    return Launch(experiment, path, observers=(_log_event,), books=books)
 
 
 def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:

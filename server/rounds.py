@@ -153,6 +153,7 @@ def _instruction(run: _Run, round_number: int, adapter: NamedTensors) -> Instruc
         base_digest=run.base_digest,
         adapter_digest=digest(adapter),
         clip_norm=run.protection.clip_norm,
+        release=run.protection.claim,
     )
     # What no site trains has its initial value everywhere, and a site derives that from the public seed.
     return Instruction(header, {name: adapter[name] for name in sorted(run.trained)})

@@ -28,6 +28,7 @@ from finetuning.checkpoints import save_tensors, write_atomically
 from finetuning.export import export_adapter
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
+from server.budget import ServerBooks
 from server.events import Event
 from server.report import write_report
 from server.summary import summarize
@@ -44,8 +45,12 @@ class RunDirectory:
         experiment: Experiment,
         base_digest: str,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        books: ServerBooks | None = None,
     ) -> None:
         """Create the folder and store the configuration.
+
+        `books` are those of the server's ledger, for client-level privacy; None keeps it in the run directory, so that
+        it ends with the run.
 
         Raises:
             ConfigError: the folder exists and is not empty.
@@ -53,6 +58,7 @@ class RunDirectory:
         refuse_existing(path)
         self.path = path
         self.run = path.name
+        self.books = books or ServerBooks(path / "server", experiment.federation.server_budget)
         self._experiment = experiment
         self._base_digest = base_digest
         self._events: list[Event] = []

@@ -45,6 +45,7 @@ class Population:
             name: Site(
                 site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
                 rows=_given(rows),
+                simulated=True,
             )
             for name, rows in self.parts.items()
         }
@@ -72,7 +73,6 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
             allow_no_privacy=True,
-            allow_insecure_seed=True,
             trust_server_noise=True,
             release_training_loss=experiment.federation.release_training_loss,
         ),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
+from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -27,15 +27,19 @@ class Rule:
 
 
 def one_noise_setting(experiment: Experiment) -> str | None:
-    """Example-level privacy takes a target ε or a noise multiplier: one of them, not both."""
+    """Each promise takes a target ε or a noise multiplier: one of them, not both."""
     privacy = experiment.privacy
-    if privacy.kind == "none":
-        return None
-    given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
-    if len(given) == 1:
-        return None
-    state = "both are set" if given else "neither is set"
-    return f"privacy: {state}; give exactly one of privacy.target_epsilon and privacy.noise_multiplier (null the other)"
+    promises: dict[str, Privacy] = {"privacy": privacy}
+    if isinstance(privacy, ClientLevel):
+        promises["privacy.local"] = privacy.local
+    for path, promise in promises.items():
+        if isinstance(promise, NoPrivacy):
+            continue
+        given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(promise, name) is not None]
+        if len(given) != 1:
+            state = "both are set" if given else "neither is set"
+            return f"{path}: {state}; give exactly one of {path}.target_epsilon and {path}.noise_multiplier (null the other)"
+    return None
 
 
 def cohort_within_population(experiment: Experiment) -> str | None:
@@ -138,7 +142,7 @@ def bands_within_separation(experiment: Experiment) -> str | None:
     if not isinstance(privacy, ClientLevel) or not isinstance(privacy.noise, Banded):
         return None
     noise = privacy.noise
-    if noise.bands <= noise.min_separation:
+    if noise.bands is None or noise.min_separation is None or noise.bands <= noise.min_separation:
         return None
     return (
         f"privacy.noise.bands={noise.bands} is above privacy.noise.min_separation={noise.min_separation}; "

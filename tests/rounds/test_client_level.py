@@ -162,7 +162,7 @@ def test_correlated_noise_is_reserved_once_and_sites_rest(run: Callable[..., Run
 def test_a_schedule_that_the_limits_forbid_asks_nobody(run: Callable[..., Run]) -> None:
     sites = [KnownSite(f"site-{number}") for number in range(4)]
     with pytest.raises(PrivacyError, match=r"min_separation=2 with 4 of 4 sites in every round needs 8 sites"):
-        run(privacy="client_level_banded", sites=sites)
+        run("privacy.noise.min_separation=2", privacy="client_level_banded", sites=sites)
     assert not any(site.asked for site in sites)
 
 

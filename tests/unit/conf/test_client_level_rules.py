@@ -49,7 +49,7 @@ def test_legal_combinations(overrides: tuple[str, ...]) -> None:
             r"poisson with privacy.local.kind=example_level: the sites' own statements would tell",
         ),
         (
-            ("privacy=client_level_banded", "privacy.noise.bands=5"),
+            ("privacy=client_level_banded", "privacy.noise.bands=5", "privacy.noise.min_separation=2"),
             r"privacy.noise.bands=5 is above privacy.noise.min_separation=2; use at most 2 bands",
         ),
         (
