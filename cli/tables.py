@@ -124,8 +124,10 @@ def delta_text(value: float | None) -> str:
     return f"{math.ceil(value / 10**exponent - 1e-9) * 10**exponent:.1e}"
 
 
-def byte_text(count: float) -> str:
-    """Return a number of bytes with a decimal unit."""
+def byte_text(count: float | None) -> str:
+    """Return a number of bytes with a decimal unit; None is what a secret cohort keeps to itself."""
+    if count is None:
+        return "withheld"
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from client.memory import SiteMemory
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
@@ -70,6 +71,10 @@ class SiteState:
                 head_file=self._folder / f"site_{HEAD_FILE}",
             )
         return self._site_ledger
+
+    def memory(self, run: str) -> SiteMemory:
+        """Return what this site keeps from round to round of a run."""
+        return SiteMemory(self._folder, run)
 
     def spent(self) -> float:
         """Return the ε of everything booked for the data set of the last round; 0 before the first."""

@@ -20,6 +20,7 @@ SUMMARY_VERSION = 1
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
 _LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
+_WITHHELD = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
 
@@ -36,6 +37,9 @@ def summarize(
     first = next((event for event in events if isinstance(event, RunStarted)), None)
     finished = next((event for event in events if isinstance(event, RunFinished)), None)
     rounds = _rounds(events)
+    withheld = any(isinstance(event, RoundFinished) and event.accepted is None for event in events)
+    if withheld:  # whom a secret cohort holds shows in what was sent
+        rounds = [item | {"bytes": dict(_WITHHELD)} for item in rounds]
     return {
         "schema_version": SUMMARY_VERSION,
         "run": first.run if first else "",
@@ -50,10 +54,14 @@ def summarize(
         },
         "strategy": experiment.strategy.kind,
         "privacy": _privacy(experiment, events),
-        "sites": _sites(events),
+        "sites": {
+            name: site | ({"bytes": dict(_WITHHELD)} if withheld else {}) for name, site in _sites(events).items()
+        },
         "rounds": rounds,
         "final": _final(events),
-        "bytes": {way: sum(item["bytes"][way] for item in rounds) for way in ("down", "up")},
+        "bytes": dict(_WITHHELD)
+        if withheld
+        else {way: sum(item["bytes"][way] for item in rounds) for way in _WITHHELD},
         "seconds": {
             **{phase: sum(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
             "total": finished.seconds if finished else None,

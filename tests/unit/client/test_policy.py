@@ -47,6 +47,7 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
         (header("privacy.insecure_seed=1"), site(), "insecure_seed"),
         (header("privacy=client_level", "privacy.insecure_seed=1"), site(trust_server_noise=True), "insecure_seed"),
         (header(), site(budget=None), "no_budget"),
+        (header("privacy.delta=1e-6"), site(), "delta_below_budget"),
         (header(), site(budget=SiteBudget(unit="user", epsilon=8, delta=1e-5)), "wrong_unit"),
         (header(*USERS), site(), "no_users"),
         (header(*CLIENTS), site(), "no_trust_in_server_noise"),
