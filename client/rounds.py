@@ -249,7 +249,7 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    this_run, budget = ledger.stated(plan.run), ledger.budget.epsilon
+    this_run, budget, steps = ledger.stated(plan.run), ledger.budget.epsilon, ledger.steps_booked(plan.run)
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
@@ -262,7 +262,8 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
-        steps_executed=ledger.steps_booked(plan.run),
+        steps_executed=steps,
+        mechanism=privacy.mechanism(steps).to_json(),
         insecure_seed=insecure,
     )
 

@@ -94,11 +94,15 @@ class ClientLevelPlan:
         steps = 0 if self.participation is not None and round_number > 1 else 1
         return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
 
+    def executed(self, rounds: int) -> SubsampledGaussian:
+        """Return everything that the first `rounds` rounds release, 1 or more."""
+        steps = rounds if self.participation is None else 1
+        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
+
     @property
     def whole_run(self) -> SubsampledGaussian:
         """Everything the run releases."""
-        steps = self.rounds if self.participation is None else 1
-        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
+        return self.executed(self.rounds)
 
     def epsilon(self, mechanisms: Iterable[SubsampledGaussian]) -> float:
         """Return the ε of executed mechanisms at this plan's δ."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conf.schema.federation import Federation, LocalTraining
 from conf.schema.privacy import ClientLevel, ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
-from privacy.accounting import epsilon_of, selection_epsilon
+from privacy.accounting import epsilon_of, epsilon_over_sites, selection_epsilon
 from privacy.calibration import is_reachable
 from privacy.client_level import build_client_level_plan
 from privacy.mechanisms import SubsampledGaussian
@@ -24,6 +24,7 @@ __all__ = [
     "group_cost",
     "nearest_feasible",
     "of_rank",
+    "person_cost",
     "search_cost",
     "selection_cost",
     "signal_to_noise",
@@ -80,6 +81,8 @@ class Outlook:
     snr_round: float | None = None
     snr_run: float | None = None
     relation: str = ""
+    epsilon_person: float | None = None
+    """Of a person who is known at `sites_per_person` sites; of a whole federation only."""
     problem: str = ""
     fixes: tuple[str, ...] = ()
 
@@ -265,6 +268,18 @@ def group_cost(scenario: Scenario, outlook: Outlook, size: int) -> float:
     return epsilon_of([run], delta, group_size=size)
 
 
+def person_cost(sites: Sequence[tuple[Scenario, Outlook, int]], several: int) -> float:
+    """Return the ε of a person who is known at up to `several` sites, at the largest δ of any.
+
+    Args:
+        sites: each feasible scenario with its outlook, and how many sites are like it.
+        several: at least 1.
+    """
+    priced = [(*_priced(scenario, outlook), count) for scenario, outlook, count in sites]
+    executed = [[run] for run, _, count in priced for _ in range(min(count, several))]
+    return epsilon_over_sites(executed, max(delta for _, delta, _ in priced), overlap=min(several, len(executed)))
+
+
 def _priced(scenario: Scenario, outlook: Outlook) -> tuple[SubsampledGaussian, float]:
     """Return the whole run and its δ, with the noise that the outlook has found."""
     known = {"target_epsilon": None, "noise_multiplier": outlook.noise_multiplier}
@@ -310,6 +325,7 @@ def client_outlook(
         snr_round=snr(1),
         snr_run=snr(rounds),
         relation=plan.relation,
+        epsilon_person=epsilon_of([plan.whole_run], plan.delta, group_size=federation.sites_per_person),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -134,6 +134,10 @@ class PrivacyStatement(Frozen):
     clip_norm: float | None = None
     sampling_rate: float = Field(ge=0, le=1)
     steps_executed: int = Field(ge=0)
+    mechanism: dict[str, Any] | None = Field(
+        default=None,
+        description="what was executed, as an accountant reads it (privacy/mechanisms.py): public constants",
+    )
     insecure_seed: bool = False
 
 

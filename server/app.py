@@ -19,8 +19,8 @@ from flwr.superlink.grid import InMemoryGrid
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
-from server.evaluation import build_evaluator
 from server.budget import ServerBooks
+from server.evaluation import build_evaluator
 from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
 from server.rounds import Outcome, run_federation
 from server.run_directory import RunDirectory

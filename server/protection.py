@@ -294,6 +294,7 @@ class ClientLevelProtection:
             clip_norm=self.clip_norm,
             sampling_rate=plan.sampling_rate,
             steps_executed=self._round,
+            mechanism=plan.executed(self._round).to_json(),
             insecure_seed=self._insecure_seed is not None,
         )
 

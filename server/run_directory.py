@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -123,7 +123,7 @@ class RunDirectory:
         privacy = self.summary()["privacy"]
         promises = [
             f"ε = {part['epsilon']:.3f}, δ = {part['delta']:.2g} ({part['relation']}; "
-            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']})."
+            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']}). {_person(part)}"
             for part in privacy["joint"]
             if part["delta"] is not None
         ]
@@ -146,6 +146,15 @@ def refuse_existing(path: Path) -> None:
         raise ConfigError(
             f"run directory {path} already exists and is not empty; give another logging.directory, or move it away"
         )
+
+
+def _person(promise: Mapping[str, Any]) -> str:
+    """Return what a promise comes to for a person who may be known at several sites."""
+    several, epsilon = promise["sites_per_person"], promise["epsilon_over_sites"]
+    if several == 1:
+        return "It counts on each person being known at one site."
+    figure = "unknown" if epsilon is None else f"{epsilon:.3f}"
+    return f"For a person known at up to {several} sites together: ε = {figure}."
 
 
 def _plain(value: object) -> object:

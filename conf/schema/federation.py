@@ -80,7 +80,7 @@ class Federation(Frozen):
     site_epsilon: float | None = Field(
         default=None,
         gt=0,
-        description="budget of each simulated site; null: what this run, or this sweep, needs. Real sites set their own",
+        description="budget of each simulated site; null: what this run or sweep needs. Real sites set their own",
     )
     server_budget: ServerBudget | None = Field(
         default=None,
@@ -90,8 +90,8 @@ class Federation(Frozen):
     server_ledger: str | None = Field(
         default=None,
         min_length=1,
-        description="folder of the server's ledger and keys; null: server/ under CLOISTER_HOME in a deployment, the run "
-        "directory (of a sweep: the sweep's) in a simulation",
+        description="folder of the server's ledger and keys; null: server/ under CLOISTER_HOME in a deployment, in a "
+        "simulation in the run directory, in a sweep in the sweep's",
     )
     sites_per_person: int = Field(
         default=1,

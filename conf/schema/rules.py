@@ -11,8 +11,14 @@ from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptiv
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
 
-__all__ = ["LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
+__all__ = ["FEW_SITES", "LARGE_DELTA", "LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
 
+
+FEW_SITES = 100
+"""Whole sites below which client-level privacy is worth a warning."""
+
+LARGE_DELTA = 1e-3
+"""δ above which a promise is worth a warning."""
 
 LINEAR_STRATEGIES = ("fedit", "ffa_lora")
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
@@ -38,7 +44,8 @@ def one_noise_setting(experiment: Experiment) -> str | None:
         given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(promise, name) is not None]
         if len(given) != 1:
             state = "both are set" if given else "neither is set"
-            return f"{path}: {state}; give exactly one of {path}.target_epsilon and {path}.noise_multiplier (null the other)"
+            both = f"{path}.target_epsilon and {path}.noise_multiplier"
+            return f"{path}: {state}; give exactly one of {both} (null the other)"
     return None
 
 
@@ -237,11 +244,52 @@ def _both_factors_under_noise(experiment: Experiment) -> str | None:
     return None
 
 
+def _large_delta(experiment: Experiment) -> str | None:
+    privacy = experiment.privacy
+    asked = {"privacy.delta": privacy, "privacy.local.delta": local_privacy(privacy)}
+    for path, each in asked.items():
+        if not isinstance(each, NoPrivacy) and each.delta is not None and each.delta > LARGE_DELTA:
+            return (
+                f"{path}={each.delta:g}: the promise may fail altogether that often; {LARGE_DELTA:g} or less is usual"
+            )
+    return None
+
+
+def _few_whole_sites(experiment: Experiment) -> str | None:
+    """Whole sites hide among each other: with few of them δ = 1/(10 sites) is large, and so is the noise."""
+    population = simulated_population(experiment) or experiment.federation.expected_sites
+    if not isinstance(experiment.privacy, ClientLevel) or population >= FEW_SITES:
+        return None
+    return (
+        f"privacy={experiment.privacy.kind} with {population} sites: each hides among {population - 1} others only, the "
+        f"noise is made for one of {population} and δ is at most 1/{population}; {FEW_SITES} sites or more, or "
+        "privacy=example_level, whose noise is made for one of a site's records"
+    )
+
+
+def _correlation_without_rest(experiment: Experiment) -> str | None:
+    """Where every site takes part in every round, correlated noise gains nothing, and a tree loses."""
+    privacy, population = experiment.privacy, simulated_population(experiment)
+    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent" or population is None:
+        return None
+    cohort = experiment.federation.cohort_size or population
+    if population // cohort > 1:
+        return None
+    return (
+        f"privacy.noise.kind={privacy.noise.kind} with {cohort} of {population} sites in every round: no site rests, so "
+        f"correlation gains nothing; set federation.cohort_size to {max(population // 2, 1)} or less, or use "
+        "privacy.noise.kind=independent"
+    )
+
+
 WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
     _high_epsilon,
     _both_factors_under_noise,
+    _large_delta,
+    _few_whole_sites,
+    _correlation_without_rest,
 )
 
 
