@@ -23,7 +23,7 @@ SUMMARY_VERSION = 1
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
 _LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
-_WITHHELD = {"down": None, "up": None}
+_WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
 
@@ -39,10 +39,10 @@ def summarize(
     """Return the summary of a run, finished or failed, as plain JSON values."""
     first = next((event for event in events if isinstance(event, RunStarted)), None)
     finished = next((event for event in events if isinstance(event, RunFinished)), None)
-    rounds = _rounds(events)
+    rounds: list[dict[str, Any]] = _rounds(events)
     withheld = any(isinstance(event, RoundFinished) and event.accepted is None for event in events)
     if withheld:  # whom a secret cohort holds shows in what was sent
-        rounds = [item | {"bytes": dict(_WITHHELD)} for item in rounds]
+        rounds = [{**item, "bytes": dict(_WITHHELD)} for item in rounds]
     return {
         "schema_version": SUMMARY_VERSION,
         "run": first.run if first else "",

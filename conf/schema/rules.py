@@ -249,9 +249,7 @@ def _large_delta(experiment: Experiment) -> str | None:
     asked = {"privacy.delta": privacy, "privacy.local.delta": local_privacy(privacy)}
     for path, each in asked.items():
         if not isinstance(each, NoPrivacy) and each.delta is not None and each.delta > LARGE_DELTA:
-            return (
-                f"{path}={each.delta:g}: the promise may fail altogether that often; {LARGE_DELTA:g} or less is usual"
-            )
+            return f"{path}={each.delta:g}: the promise may fail that often; {LARGE_DELTA:g} or less is usual"
     return None
 
 
@@ -261,7 +259,7 @@ def _few_whole_sites(experiment: Experiment) -> str | None:
     if not isinstance(experiment.privacy, ClientLevel) or population >= FEW_SITES:
         return None
     return (
-        f"privacy={experiment.privacy.kind} with {population} sites: each hides among {population - 1} others only, the "
+        f"privacy={experiment.privacy.kind} with {population} sites: each hides among {population - 1} others, the "
         f"noise is made for one of {population} and δ is at most 1/{population}; {FEW_SITES} sites or more, or "
         "privacy=example_level, whose noise is made for one of a site's records"
     )
@@ -276,8 +274,8 @@ def _correlation_without_rest(experiment: Experiment) -> str | None:
     if population // cohort > 1:
         return None
     return (
-        f"privacy.noise.kind={privacy.noise.kind} with {cohort} of {population} sites in every round: no site rests, so "
-        f"correlation gains nothing; set federation.cohort_size to {max(population // 2, 1)} or less, or use "
+        f"privacy.noise.kind={privacy.noise.kind} with {cohort} of {population} sites in every round: no site rests, "
+        f"and correlation gains nothing; set federation.cohort_size to {max(population // 2, 1)} or less, or use "
         "privacy.noise.kind=independent"
     )
 
