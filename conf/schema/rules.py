@@ -255,8 +255,8 @@ def _large_delta(experiment: Experiment) -> str | None:
 
 def _few_whole_sites(experiment: Experiment) -> str | None:
     """Whole sites hide among each other: with few of them δ = 1/(10 sites) is large, and so is the noise."""
-    population = simulated_population(experiment) or experiment.federation.expected_sites
-    if not isinstance(experiment.privacy, ClientLevel) or population >= FEW_SITES:
+    population = simulated_population(experiment)
+    if not isinstance(experiment.privacy, ClientLevel) or population is None or population >= FEW_SITES:
         return None
     return (
         f"privacy={experiment.privacy.kind} with {population} sites: each hides among {population - 1} others, the "
@@ -268,14 +268,14 @@ def _few_whole_sites(experiment: Experiment) -> str | None:
 def _correlation_without_rest(experiment: Experiment) -> str | None:
     """Where every site takes part in every round, correlated noise gains nothing, and a tree loses."""
     privacy, population = experiment.privacy, simulated_population(experiment)
-    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent" or population is None:
+    cohort = experiment.federation.cohort_size
+    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent":
         return None
-    cohort = experiment.federation.cohort_size or population
-    if population // cohort > 1:
+    if cohort is not None and (population is None or population // cohort > 1):
         return None
     return (
-        f"privacy.noise.kind={privacy.noise.kind} with {cohort} of {population} sites in every round: no site rests, "
-        f"and correlation gains nothing; set federation.cohort_size to {max(population // 2, 1)} or less, or use "
+        f"privacy.noise.kind={privacy.noise.kind} with {cohort or 'all'} sites in every round: no site rests, and "
+        "correlation gains nothing; set federation.cohort_size to half of the sites or less, or use "
         "privacy.noise.kind=independent"
     )
 

@@ -99,9 +99,12 @@ def test_each_promise_names_its_own_path(overrides: tuple[str, ...], path: str) 
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (("privacy=client_level",), "with 4 sites: each hides among 3 others, the noise is made for one of 4"),
+        (
+            ("privacy=client_level", "data.partition.sites=[a,b,c,d]"),
+            "with 4 sites: each hides among 3 others, the noise is made for one of 4",
+        ),
         (("privacy.delta=0.01",), "privacy.delta=0.01: the promise may fail that often; 0.001 or less"),
-        (("privacy=client_level_tree",), "with 4 of 4 sites in every round: no site rests, .*cohort_size to 2 or less"),
+        (("privacy=client_level_tree",), "with all sites in every round: no site rests, .* half of the sites"),
     ],
 )
 def test_what_is_allowed_and_hopeless_is_said(overrides: tuple[str, ...], warning: str) -> None:
