@@ -101,7 +101,7 @@ def test_each_promise_names_its_own_path(overrides: tuple[str, ...], path: str) 
     [
         (
             ("privacy=client_level", "data.partition.sites=[a,b,c,d]"),
-            "with 4 sites: each hides among 3 others, the noise is made for one of 4",
+            "with 4 sites: each hides among 3 others",
         ),
         (("privacy.delta=0.01",), "privacy.delta=0.01: the promise may fail that often; 0.001 or less"),
         (("privacy=client_level_tree",), "with all sites in every round: no site rests, .* half of the sites"),
