@@ -73,6 +73,7 @@ class RoundsDisplay:
         )
         self._task = self._progress.add_task(f"{self.name}: preparing sites", total=None)
         self._asked = 0
+        self._secret = False
 
     def observe(self, event: Event) -> None:
         """Take one event."""
@@ -96,6 +97,7 @@ class RoundsDisplay:
             case Evaluated():
                 self._quality = f"{event.metric} {quality_text(event.metric, event.value)} after round {event.round}"
             case RoundFinished():
+                self._secret = event.accepted is None
                 self._progress.update(self._task, completed=event.round)
             case RunFinished():
                 self._progress.stop()
@@ -123,8 +125,8 @@ class RoundsDisplay:
                 epsilon_text(line.epsilon),
                 epsilon_text(line.budget),
                 "withheld" if line.loss is None else f"{line.loss:.3f}",
-                byte_text(line.up),
-                byte_text(line.down),
+                byte_text(None if self._secret else line.up),
+                byte_text(None if self._secret else line.down),
             )
         if len(shown) > 20:
             table.add_row(f"and {len(shown) - 20} more", "", "", "", "", "", "")
@@ -166,9 +168,11 @@ class PlainLines:
                     spent, budget = event.privacy.epsilon_total, event.privacy.epsilon_budget
                     epsilon += f"; ε of a whole site {epsilon_text(spent)} of {epsilon_text(budget)}"
                 replies = "replies withheld" if event.accepted is None else f"{event.accepted} replies"
+                secret = event.accepted is None
+                up, down = (byte_text(None if secret else count) for count in (self._up, self._down))
                 self._print(
                     f"round {event.round} of {self._rounds}: {replies}, {event.train_s:.1f} s training; "
-                    f"sent {byte_text(self._up)}, received {byte_text(self._down)}{epsilon}"
+                    f"sent {up}, received {down}{epsilon}"
                 )
             case RunFinished():
                 self._print(f"finished in {event.seconds:.1f} s")

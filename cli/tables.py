@@ -11,7 +11,16 @@ from rich.table import Table
 if TYPE_CHECKING:
     from simulations.studies import Baseline
 
-__all__ = ["baseline_table", "byte_text", "delta_text", "epsilon_text", "outcome_table", "quality_text", "sweep_table"]
+__all__ = [
+    "baseline_table",
+    "byte_text",
+    "delta_text",
+    "epsilon_text",
+    "outcome_table",
+    "person_text",
+    "quality_text",
+    "sweep_table",
+]
 
 
 _SCOPE = {
@@ -58,8 +67,18 @@ def outcome_table(summary: dict[str, Any]) -> Table:
             f"all, per {other['unit']}", "", "", epsilon_text(other["epsilon"]), "", delta_text(other["delta"])
         )
     table.caption = "ε of all: " + "; ".join(_SCOPE[part["unit"] == "site"] for part in joint or [first])
+    table.caption += person_text(joint or [first])
     table.caption_justify = "left"
     return table
+
+
+def person_text(joint: Sequence[dict[str, Any]]) -> str:
+    """Return ε for a person known at several sites, for each protected unit; empty for one."""
+    several = joint[0].get("sites_per_person", 1)
+    if several == 1:
+        return ""
+    figures = ", ".join(epsilon_text(part["epsilon_over_sites"]) for part in joint)
+    return f"; of a person known at up to {several} sites: {figures}"
 
 
 def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table:
@@ -124,8 +143,10 @@ def delta_text(value: float | None) -> str:
     return f"{math.ceil(value / 10**exponent - 1e-9) * 10**exponent:.1e}"
 
 
-def byte_text(count: float) -> str:
-    """Return a number of bytes with a decimal unit."""
+def byte_text(count: float | None) -> str:
+    """Return a number of bytes with a decimal unit; None is what a secret cohort keeps to itself."""
+    if count is None:
+        return "withheld"
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

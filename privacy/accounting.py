@@ -102,19 +102,29 @@ def rdp_epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float, *, gr
     return renyi_epsilon(mechanisms, delta, group_size)
 
 
-def selection_epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float, *, mean_trials: float) -> float:
+def selection_epsilon(
+    mechanisms: Iterable[SubsampledGaussian],
+    delta: float,
+    *,
+    mean_trials: float,
+    alternatives: Iterable[Iterable[SubsampledGaussian]] = (),
+) -> float:
     """Return what a hyperparameter search costs that tells the best of Poisson(`mean_trials`) runs and nothing else.
 
     Every run executes all of `mechanisms`, and the best is chosen by what they release: a score on private data counts
     among them. The number of runs must be drawn, a fixed one is not covered. Papernot and Steinke 2022 (arXiv
     2110.03620), Theorem 6.
 
+    With `alternatives` each run executes either all of `mechanisms` or all of one alternative, drawn at random by
+    probabilities that do not depend on the records: at each order that costs no more than the dearest of them.
+
     Raises:
         PrivacyError: a mean below 1.
     """
     if not 1 <= mean_trials < math.inf:
         raise PrivacyError(f"mean_trials={mean_trials}: the mean number of runs must be 1 or more, and finite")
-    return renyi_selection_epsilon(list(mechanisms), delta, mean_trials)
+    runs = [list(mechanisms), *(list(alternative) for alternative in alternatives)]
+    return renyi_selection_epsilon(runs, delta, mean_trials)
 
 
 def epsilon_over_sites(sites: Sequence[Sequence[SubsampledGaussian]], delta: float, *, overlap: int = 1) -> float:

@@ -20,6 +20,7 @@ from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from protocol.errors import ConfigError
+from server.budget import ServerBooks
 from server.evaluation import build_evaluator
 from server.events import Evaluated, Event, Observer, RoundFinished, RunResumed, SiteReplied
 from server.rounds import Outcome, run_federation
@@ -41,6 +42,8 @@ class Launch:
     heldout: Sequence[Row] | None = None
     expected_sites: int | None = None
     """How many sites must be connected; None takes `federation.expected_sites`."""
+    books: ServerBooks | None = None
+    """Of the server's ledger; None keeps it in the run directory, unless `federation.server_ledger` names a folder."""
     waits_forever: bool = False
     """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
     pullers: int = 0
@@ -52,7 +55,9 @@ class Launch:
 def serve(grid: Grid, launch: Launch) -> Outcome:
     """Run an experiment on whatever runtime `grid` leads to."""
     experiment = launch.experiment
-    directory = RunDirectory(launch.path, experiment, base_digest(experiment.model), resume=launch.resume)
+    directory = RunDirectory(
+        launch.path, experiment, base_digest(experiment.model), books=_books(launch), resume=launch.resume
+    )
 
     def observe(event: Event) -> None:
         directory.observe(event)
@@ -73,6 +78,13 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
             timeout_s=timeout_s,
             pullers=launch.pullers,
         )
+
+
+def _books(launch: Launch) -> ServerBooks | None:
+    federation = launch.experiment.federation
+    if federation.server_ledger is None:
+        return launch.books
+    return ServerBooks(Path(federation.server_ledger), federation.server_budget)
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
@@ -97,7 +109,8 @@ def _on_flowers_engine(grid: Grid, launch: Launch) -> Launch:
     nodes = len(list(grid.get_node_ids()))
     for entry in entry_points(group="cloister.simulated_nodes"):
         entry.load()(launch.experiment, nodes)
-    return replace(launch, expected_sites=nodes, pullers=0)
+    # One simulation after another spends nothing of real sites, so each keeps its books for itself.
+    return replace(launch, expected_sites=nodes, pullers=0, books=None)
 
 
 def launch_from_context(context: Context) -> Launch:
@@ -110,7 +123,8 @@ def launch_from_context(context: Context) -> Launch:
     from conf.compose import compose_experiment, parse_experiment
 
     stored, overrides, resumed = (str(context.run_config.get(key, "")) for key in ("experiment", "overrides", "resume"))
-    runs = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister")) / "runs"
+    home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
+    runs = home / "runs"
     if resumed:
         path = interrupted_run(runs, resumed)
         experiment = parse_experiment((path / "config.json").read_bytes())
@@ -119,7 +133,8 @@ def launch_from_context(context: Context) -> Launch:
         path = new_run_path(experiment, runs, datetime.now(UTC))
     _log_to_terminal()
     _log.info("run directory: %s", path)
-    return Launch(experiment, path, observers=(_log_event,), pullers=_PULLERS, resume=bool(resumed))
+    books = ServerBooks(home / "server", experiment.federation.server_budget)
+    return Launch(experiment, path, observers=(_log_event,), books=books, pullers=_PULLERS, resume=bool(resumed))
 
 
 def interrupted_run(runs: Path, name: str) -> Path:

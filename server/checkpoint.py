@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -30,8 +29,8 @@ class Checkpoint:
     state: ServerState
     members: tuple[str, ...]
     """The sites of the run: cohorts are drawn from these."""
-    protection: Mapping[str, Any] = field(default_factory=dict)
-    """What the server's own privacy mechanism carries on, as JSON values."""
+    protection: Mapping[str, float] = field(default_factory=dict)
+    """What the server's own privacy mechanism carries on, beside its ledger and its keys."""
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Rounds whose update was not used and whose site has not been told yet, by site."""
 

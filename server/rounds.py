@@ -101,7 +101,7 @@ def run_federation(
             )
         else:
             observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
-            protection.restore(checkpoint.protection)
+            protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
             progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
         for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
             progress = _round(grid, run, number, progress, evaluator, directory, observe, clock)
@@ -162,7 +162,7 @@ def _round(
     )
     unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
     names = tuple(member.site for member in run.members)
-    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.carried(), unused))
+    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.state(), unused))
     return _Progress(adapter, state, evaluation, unused)
 
 
@@ -200,6 +200,7 @@ def _assignment(
         adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
         unused_rounds=unused,
+        release=run.protection.claim,
     )
     return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
 

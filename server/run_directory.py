@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from finetuning.checkpoints import write_atomically
 from finetuning.export import export_adapter
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
+from server.budget import ServerBooks
 from server.checkpoint import Checkpoint, load_newest, save_checkpoint
 from server.events import Evaluated, Event, RunFinished, parse_event, surviving
 from server.report import write_report
@@ -49,8 +50,12 @@ class RunDirectory:
         *,
         resume: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        books: ServerBooks | None = None,
     ) -> None:
         """Create the folder and store the configuration; with `resume`, open the folder of a run that was interrupted.
+
+        `books` are those of the server's ledger, for client-level privacy; None keeps it in the run directory, so that
+        it ends with the run.
 
         Raises:
             ConfigError: the folder exists and is not empty; or it is to be resumed and holds no run, another
@@ -60,6 +65,7 @@ class RunDirectory:
             refuse_existing(path)
         self.path = path
         self.run = path.name
+        self.books = books or ServerBooks(path / "server", experiment.federation.server_budget)
         self._experiment = experiment
         self._base_digest = base_digest
         self._started = now()
@@ -143,7 +149,7 @@ class RunDirectory:
         privacy = self.summary()["privacy"]
         promises = [
             f"ε = {part['epsilon']:.3f}, δ = {part['delta']:.2g} ({part['relation']}; "
-            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']})."
+            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']}). {_person(part)}"
             for part in privacy["joint"]
             if part["delta"] is not None
         ]
@@ -201,6 +207,15 @@ def _stored_events(path: Path) -> list[Event]:
     if whole != content:
         write_atomically(metrics, whole)
     return [parse_event(line) for line in whole.splitlines()]
+
+
+def _person(promise: Mapping[str, Any]) -> str:
+    """Return what a promise comes to for a person who may be known at several sites."""
+    several, epsilon = promise["sites_per_person"], promise["epsilon_over_sites"]
+    if several == 1:
+        return "It counts on each person being known at one site."
+    figure = "unknown" if epsilon is None else f"{epsilon:.3f}"
+    return f"For a person known at up to {several} sites together: ε = {figure}."
 
 
 def _plain(value: object) -> object:

@@ -182,6 +182,12 @@ class Ledger:
             charges = charges_of(entries, frozenset(transaction.fingerprints()))
             return sum(charge.mechanism.steps for charge in charges if charge.run == run)
 
+    def rounds_booked(self, run: str) -> tuple[int, ...]:
+        """Return the rounds of a run that are booked on this data, in ascending order."""
+        with self._journal.reading() as (transaction, entries):
+            charges = charges_of(entries, self._concerned(transaction))
+            return tuple(sorted({charge.round for charge in charges if charge.run == run}))
+
     @property
     def budget(self) -> Budget:
         """The budget that holds now: the smaller of the site file's and the ledger's."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -115,6 +116,41 @@ def test_a_killed_run_goes_on_to_the_same_adapter(point: str, expected: str, tmp
             assert site["privacy"]["steps_executed"] <= 3
     with pytest.raises(ConfigError, match=r"run .* has finished; to repeat it: cloister simulate --from"):
         simulate(experiment, path, resume=True)
+
+
+CLIENT_LEVEL = tuple(each for each in OVERRIDES if "insecure" not in each and "cohort_size" not in each)
+
+
+@pytest.mark.parametrize(
+    ("privacy", "point"),
+    [
+        (("privacy=client_level", "privacy.clipping.kind=adaptive"), "before the checkpoint"),
+        (("privacy=client_level_tree",), "during the checkpoint"),
+    ],
+)
+def test_the_servers_own_noise_goes_on_too(privacy: tuple[str, ...], point: str, tmp_path: Path) -> None:
+    """The noise comes from the server's key, so what was released once is released again, and is charged once.
+
+    An undisturbed run has another key, so the killed run is compared with one that goes on from a copy of its folder.
+    """
+    overrides = (*CLIENT_LEVEL, *privacy)
+    path = tmp_path / "first" / "run"
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), point, *overrides], capture_output=True, text=True, timeout=240
+    )
+    assert died.returncode == -9, died.stderr[-2000:]
+    released = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    norms = {event["round"]: event["update_norm"] for event in released if event["kind"] == "round_finished"}
+    assert sorted(norms) == [1, 2]
+    twin = tmp_path / "second" / "run"
+    shutil.copytree(path, twin)
+    experiment = compose_experiment(overrides)
+    one, two = (simulate(experiment, each, resume=True).summary for each in (path, twin))
+    assert one["adapter"]["digest"] == two["adapter"]["digest"]
+    assert {each["round"]: each["update_norm"] for each in one["rounds"]} | norms == {
+        each["round"]: each["update_norm"] for each in one["rounds"]
+    }
+    assert one["privacy"]["epsilon"] <= (experiment.privacy.target_epsilon or 0) * (1 + 1e-9)  # type: ignore[union-attr]
 
 
 def test_only_an_interrupted_run_of_the_same_experiment_is_resumed(tmp_path: Path) -> None:
