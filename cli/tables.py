@@ -35,7 +35,10 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     metric = final["metric"] if final else "quality"
     table = Table(title=f"{metric} on held-out records", title_justify="left")
     for heading in ("site", "base", "tuned", "ε", "of", "δ", "sent", "received"):
-        table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
+        # Names fold where the terminal is narrow; a figure that lost its last digit would be another figure.
+        table.add_column(
+            heading, justify="left" if heading == "site" else "right", no_wrap=heading != "site", overflow="fold"
+        )
     for name, site in summary["sites"].items():
         quality, privacy = site["quality"] or {}, site["privacy"] or {}
         table.add_row(
@@ -86,7 +89,8 @@ def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table
     shared = set.intersection(*(set(job) for job, _ in runs))
     table = Table(title="sweep", title_justify="left")
     for heading in ("overrides", "metric", "base", "result", "ε", "sent", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("overrides", "metric") else "right")
+        names = heading in ("overrides", "metric")
+        table.add_column(heading, justify="left" if names else "right", no_wrap=not names, overflow="fold")
     for job, summary in runs:
         final: dict[str, Any] = summary["final"] or {"metric": "–", "base": None, "value": None}
         table.add_row(
@@ -107,7 +111,8 @@ def baseline_table(lines: Sequence[Baseline]) -> Table:
     groups = list(lines[0].groups)
     table = Table(title=f"{metric} on the same held-out records", title_justify="left")
     for heading in ("trained on", "all", "ε", *groups):
-        table.add_column(heading, justify="left" if heading == "trained on" else "right")
+        named = heading == "trained on"
+        table.add_column(heading, justify="left" if named else "right", no_wrap=not named, overflow="fold")
     for line in lines:
         table.add_row(
             line.label,

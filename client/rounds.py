@@ -252,21 +252,22 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    this_run, budget, steps = ledger.stated(plan.run), ledger.budget.epsilon, ledger.steps_booked(plan.run)
+    account = ledger.account(plan.run)
+    budget = account.budget.epsilon
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
         # The ledger admits nothing above the budget, for any unit; disjoint data sets may add up to more.
-        epsilon_run=min(this_run.epsilon, budget),
-        epsilon_total=min(ledger.stated().epsilon, budget),
+        epsilon_run=min(account.run.epsilon, budget),
+        epsilon_total=min(account.total.epsilon, budget),
         epsilon_budget=budget,
         delta=privacy.delta,
-        accountant=privacy.accountant if this_run.rule == "schedule" else f"{RENYI}, as a filter",
+        accountant=privacy.accountant if account.run.rule == "schedule" else f"{RENYI}, as a filter",
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
-        steps_executed=steps,
-        mechanism=privacy.mechanism(steps).to_json(),
+        steps_executed=account.steps,
+        mechanism=privacy.mechanism(account.steps).to_json(),
         insecure_seed=insecure,
     )
 

@@ -11,7 +11,7 @@ from client.memory import SiteMemory
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
-from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys
+from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys, open_private
 from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
@@ -51,7 +51,7 @@ class SiteState:
             )
         self._close_ledger()
         where = self._site.ledger or self._folder / "ledger.db"
-        identity = identify(units.names, self.secret)
+        identity = identify(units.names, self.secret, units.marks)
         promised = Budget(budget.epsilon, budget.delta, budget.unit)
         ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)
         self._ledger = (units, ledger)
@@ -82,7 +82,7 @@ class SiteState:
 
     def record_diagnostics(self, round_number: int, private_facts: Mapping[str, float]) -> None:
         """Append a round's private facts to `diagnostics.jsonl`, for the site's own operator."""
-        with (self._folder / "diagnostics.jsonl").open("a") as stream:
+        with open_private(self._folder / "diagnostics.jsonl", "a") as stream:
             stream.write(json.dumps({"round": round_number, **private_facts}) + "\n")
 
     def close(self) -> None:

@@ -18,14 +18,6 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, combinations
 
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    PoissonSampledDpEvent,
-    SelfComposedDpEvent,
-    TruncatedSubsampledGaussianDpEvent,
-    UnsupportedDpEvent,
-)
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
 from privacy.loss_distributions import LOUDEST_SIGNAL, pld_epsilon
@@ -40,7 +32,6 @@ __all__ = [
     "accountant_of",
     "epsilon_of",
     "epsilon_over_sites",
-    "event_of",
     "rdp_epsilon_of",
     "selection_epsilon",
 ]
@@ -50,25 +41,6 @@ EXACT_GAUSSIAN = "exact Gaussian (Balle and Wang 2018)"
 RENYI = "Rényi DP"
 
 _MOST_SUBSETS = 32
-
-
-def event_of(mechanism: SubsampledGaussian) -> DpEvent:
-    """Return `mechanism` in the language of dp-accounting, for an auditor's own accountant.
-
-    A cut batch is a `TruncatedSubsampledGaussianDpEvent`, to be read under the relation REPLACE_SPECIAL. Discrete noise
-    has no event there, and is handed over as unsupported rather than as something it is not.
-    """
-    if mechanism.discrete:
-        return UnsupportedDpEvent()
-    if mechanism.truncation is not None:
-        step: DpEvent = TruncatedSubsampledGaussianDpEvent(
-            mechanism.truncation.slots, mechanism.sampling_rate, mechanism.truncation.cap, mechanism.noise_multiplier
-        )
-    elif mechanism.sampling_rate == 1:
-        step = GaussianDpEvent(mechanism.noise_multiplier)
-    else:
-        step = PoissonSampledDpEvent(mechanism.sampling_rate, GaussianDpEvent(mechanism.noise_multiplier))
-    return SelfComposedDpEvent(step, mechanism.steps)
 
 
 def epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float, *, group_size: int = 1) -> float:
