@@ -73,7 +73,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     job = TrainingJob(work.file, header, adapted, trained_names, start, records.examples, records.units, privacy)
-    check_gradients(privacy, asked, adapted, trained_names)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
     if privacy.is_private:
         ledger = state.ledger(records.units)
@@ -148,7 +148,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     asked, trained_names = local_privacy(plan.privacy), build_strategy(plan.strategy).trained(adapted.names)
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
-    check_gradients(privacy, asked, adapted, trained_names)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)

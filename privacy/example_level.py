@@ -70,7 +70,7 @@ class _NoisySum(ABC):
         """
         if owners is None:
             owners = torch.arange(len(losses), device=losses.device)
-        result = clipped_sum(self._per_unit(losses, owners), self._noise.clip_norm, self._noise.fold)
+        result = clipped_sum(self.per_unit(losses, owners), self._noise.clip_norm, self._noise.fold)
         self._sums = tuple(total + part for total, part in zip(self._sums, result.sums, strict=True))
         self.clipped += result.clipped
         self.non_finite += result.non_finite
@@ -91,8 +91,11 @@ class _NoisySum(ABC):
             self._ahead.close()
 
     @abstractmethod
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
-        """Return each unit's gradient, one tensor of shape (units, *parameter shape) per parameter."""
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's unclipped gradient, one tensor of shape (units, *parameter shape) per parameter.
+
+        What `accumulate` clips and sums, with the same arguments.
+        """
 
     def _zeros(self) -> tuple[torch.Tensor, ...]:
         return tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
@@ -117,7 +120,8 @@ class NativeGradients(_NoisySum):
         super().close()
         self._patched.close()
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient from one backward pass of all losses."""
         return sum_by_unit(self._recorder.backward(losses), owners)
 
 
@@ -126,7 +130,8 @@ class OneByOneGradients(_NoisySum):
 
     max_micro_batch: int | None = 1
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradient of the one unit, shape (1, *parameter shape)."""
         if int(owners.max()) > 0:
             raise ValueError(f"one unit at a time, not {int(owners.max()) + 1}; privacy.gradients allows no more here")
         for parameter in self._trained.values():
@@ -160,7 +165,8 @@ class OpacusGradients(_NoisySum):
         super().close()
         self._hooks.cleanup()
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient from what the hooks left."""
         losses.sum().backward()
         rows = [self._taken(name, parameter, len(losses)) for name, parameter in self._trained.items()]
         return sum_by_unit(rows, owners)
