@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from conf.schema.privacy import ExampleLevel, UserLevel
 from conf.schema.site import SiteRuntime
@@ -52,15 +51,6 @@ _ROUNDED = 0.25
 _NEGLIGIBLE = 0.1
 """Of a tensor's even share of the gradient: below it a difference is measured against this, not against the tensor."""
 _NOT_FINITE = "the gradients of made-up examples are not finite, so that no rule could be tried"
-_DROPOUTS: tuple[Callable[..., torch.Tensor], ...] = (
-    torch.dropout,
-    nn.functional.dropout,
-    nn.functional.dropout1d,
-    nn.functional.dropout2d,
-    nn.functional.dropout3d,
-    nn.functional.alpha_dropout,
-    nn.functional.feature_alpha_dropout,
-)
 
 
 def way_of_gradients(
@@ -141,7 +131,7 @@ class _DryRun:
         with ExitStack() as stack:
             changed_buffers = stack.enter_context(_traceless(self.adapted))
             stack.enter_context(checkpointing(self.adapted.base.network, self.runtime.gradient_checkpointing))
-            stack.enter_context(_WithoutDropout())
+            stack.enter_context(_without_dropout(self.adapted.network))
             self.adapted.network.train()
             first = self._first()
             usable = _finite(first)
@@ -168,7 +158,7 @@ class _DryRun:
             return None
         if self._differing(self._alone(0, seed=1), first):
             return f"{problem}; the network draws random numbers, so it cannot be compared"
-        self._refuse_interaction(first)
+        self._refuse_interaction()
         return problem
 
     def _disagreement(self, first: Sequence[torch.Tensor]) -> str | None:
@@ -203,9 +193,11 @@ class _DryRun:
                 raise RuntimeError(f"in {where}: {_first_line(error)}") from error
             return per_unit(losses, torch.arange(len(losses), device=losses.device))
 
-    def _refuse_interaction(self, first: Sequence[torch.Tensor]) -> None:
-        """Plain autograd, no rule: the same example in a batch, and alone."""
-        wrong = self._differing(self._gradient(self._losses(range(len(self.examples)))[0]), first)
+    def _refuse_interaction(self) -> None:
+        """Plain autograd, no rule: the same example in a batch, where it is padded, and alone."""
+        shortest = len(self.examples) - 1
+        together = self._losses(range(len(self.examples)))[shortest]
+        wrong = self._differing(self._gradient(together), self._alone(shortest))
         if wrong:
             raise PrivacyError(
                 f"an example's gradient depends on what it is batched with (a dry run saw it in {wrong[0]}), so one "
@@ -252,21 +244,22 @@ class _DryRun:
         ]
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Inside, dropout does nothing, be it a module, a function, or an argument of attention."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else given["input"]
-        if func is nn.functional.scaled_dot_product_attention:
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            elif "dropout_p" in given:
-                given["dropout_p"] = 0.0
-        return func(*args, **given)
+@contextmanager
+def _without_dropout(network: nn.Module) -> Generator[None]:
+    """Inside, whatever a module calls some dropout rate is zero: masks of a batch are not those of its examples."""
+    rates = [
+        (module, name, value)
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__))
+    ]
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)
 
 
 @contextmanager

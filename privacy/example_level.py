@@ -159,11 +159,16 @@ class OpacusGradients(_NoisySum):
         super().__init__(plan, trained, stream)
         # The losses are summed, so each hook sees the gradient of the example's own loss.
         self._hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum", strict=True)
+        self._network = network
 
     def close(self) -> None:
         """Remove the hooks."""
         super().close()
         self._hooks.cleanup()
+        for module in self._network.modules():
+            # What a forward pass whose backward failed has left: the whole batch's activations.
+            vars(module).pop("activations", None)
+            vars(module).pop("max_batch_len", None)
 
     def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
         """Return each unit's gradient from what the hooks left."""
