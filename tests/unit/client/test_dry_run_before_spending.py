@@ -1,4 +1,4 @@
-"""A whole round on a model that breaks a rule: nothing is booked for what is refused, and recomputing changes nothing."""
+"""Whole rounds on models that break a rule: what is refused books nothing, and recomputing changes no update."""
 
 import logging
 from collections.abc import Callable, Generator
@@ -71,9 +71,9 @@ def test_refused_before_anything_is_booked(make_site: Make, small: Make, instruc
     experiment = small()
     site = make_site(experiment)
     with wrapped(experiment, mixes=True):
-        with pytest.raises(PrivacyError, match="^an example's gradient depends on what it is batched with"):
+        with pytest.raises(PrivacyError, match=r"^an example's gradient depends on what it is batched with"):
             site.handle(instruct(experiment))
-        with pytest.raises(PrivacyError, match="^an example's gradient depends on what it is batched with"):
+        with pytest.raises(PrivacyError, match=r"^an example's gradient depends on what it is batched with"):
             site.rehearse(client_plan(experiment, "run"))
     refusing = small("privacy.without_rule=refuse")
     with wrapped(experiment, mixes=False), pytest.raises(PrivacyError, match=r"^a dry run of .*; set privacy\.per_exa"):
@@ -99,7 +99,7 @@ def test_losses_that_couple_examples_are_refused(
 
     monkeypatch.setattr(client.training, "build_objective", coupled)
     experiment = small()
-    with pytest.raises(PrivacyError, match="^an example's gradient depends on what it is batched with"):
+    with pytest.raises(PrivacyError, match=r"^an example's gradient depends on what it is batched with"):
         make_site(experiment).handle(instruct(experiment))
 
 
