@@ -1,7 +1,7 @@
 """What privacy costs: per-example gradients, clipping and noise against the same step without them, side by side.
 
     python -m simulations.bench_privacy             # the CPU table, and the GPU table where there is a GPU
-    python -m simulations.bench_privacy --seconds 5 # fewer steps per case: a look, in about two minutes
+    python -m simulations.bench_privacy --seconds 5 # fewer steps per case: a look, in a few minutes
     python -m simulations.bench_privacy --gpu       # the GPU table alone
 
 Each figure is a median over paired steps that take turns, so that a busy machine slows all alike. All see the same
@@ -164,9 +164,9 @@ def print_tables(seconds: float = _SECONDS, cases: Sequence[Case] = CASES) -> No
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=max(Console().width, 130))
     table = Table(title=f"private step over plain LoRA step, {_machine()}")
-    table.add_column("Llama shape, 4 layers, fp32")
+    table.add_column("Llama shape, fp32")
     table.add_column("plain\ns, MB", justify="right")
     for mode in MODES[1:]:
         table.add_column(f"{mode}\ntime memory", justify="right")
