@@ -81,7 +81,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     job = TrainingJob(work.file, header, adapted, trained_names, local, records.examples, records.units, privacy)
-    check_gradients(privacy, asked, adapted, trained_names)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
     site_ledger = None if header.clip_norm is None else state.site_ledger()
     whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, job.inputs(state.secret))
@@ -163,7 +163,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
     for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
-        check_gradients(privacy, asked, adapted, trained_names)
+        check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)

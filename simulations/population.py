@@ -89,6 +89,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
             device=experiment.runtime.device,
             threads=experiment.runtime.threads,
             micro_batch_tokens=experiment.runtime.micro_batch_tokens,
+            gradient_checkpointing=experiment.runtime.gradient_checkpointing,
         ),
         model_path=experiment.model.path,
         task=experiment.task,

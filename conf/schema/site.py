@@ -55,6 +55,11 @@ class SiteRuntime(Frozen):
         default=False,
         description="pad every micro-batch to one shape (for compiled or GPU training); changes no number",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass instead of keeping them: less memory, about a third "
+        "more time; changes no number",
+    )
 
 
 class SiteFile(Frozen):
