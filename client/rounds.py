@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged, ReplyR
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
 from protocol.tensors import NamedTensors, digest, layout_of, verify
+from strategies.base import LocalRound, LocalStart, Strategy
 from strategies.build import build_strategy
 
 __all__ = ["RoundWork", "SiteRecords", "answer", "rehearse"]
@@ -66,13 +67,14 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
     check_policy(work.file, header)
     adapted = work.adapted(plan)
-    trained_names = build_strategy(plan.strategy).trained(adapted.names)
+    strategy = build_strategy(plan.strategy)
+    trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
-    start = _starting_adapter(instruction, adapted, trained_names)
     state = work.state()
+    local = _local_round(instruction, adapted, strategy, state)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
-    job = TrainingJob(work.file, header, adapted, trained_names, start, records.examples, records.units, privacy)
+    job = TrainingJob(work.file, header, adapted, trained_names, local, records.examples, records.units, privacy)
     check_gradients(privacy, asked, adapted, trained_names)
 
     if privacy.is_private:
@@ -82,6 +84,8 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     else:
         trained, stated = train(job, job.stream(state.secret, attempt=1)), None
     state.record_diagnostics(header.round, trained.private_facts)
+    if strategy.has_memory:
+        state.memory(plan.run).keep(header.round, trained.memory)
     update, below_clip = trained.update, None
     if header.clip_norm is not None:  # client-level: the last step on real values
         update, below_clip = _clipped(update, header.clip_norm)
@@ -145,10 +149,11 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
         CloisterError: the data, the model, the adapter or the budget does not fit the plan.
     """
     adapted = work.adapted(plan)
-    asked, trained_names = local_privacy(plan.privacy), build_strategy(plan.strategy).trained(adapted.names)
+    asked, strategy = local_privacy(plan.privacy), build_strategy(plan.strategy)
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
-    check_gradients(privacy, asked, adapted, trained_names)
+    for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
+        check_gradients(privacy, asked, adapted, trained_names)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
@@ -160,27 +165,40 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     return privacy
 
 
-def _starting_adapter(
-    instruction: Instruction, adapted: AdaptedModel, trained_names: frozenset[str]
-) -> Mapping[str, torch.Tensor]:
-    """Return the whole adapter: what was sent, and what the site derives from the public seed."""
+def _local_round(instruction: Instruction, adapted: AdaptedModel, strategy: Strategy, state: SiteState) -> LocalRound:
+    """Return the strategy's half of the round, from what was sent, what follows from the public seed, and what this
+    site kept."""
     header = instruction.header
+    plan, number = header.plan, header.round
     if adapted.base.digest != header.base_digest:
         raise SiteRefusal(
             "wrong_base",
             f"this site's base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
             "install the same model files",
         )
-    initial = adapted.initial(header.plan.adapter_seed)
-    expected = {name: shape for name, shape in layout_of(initial).items() if name in trained_names}
+    initial = adapted.initial(plan.adapter_seed)
+    sent = strategy.downloaded(adapted.names, number)
+    received = {name: tensor for name, tensor in instruction.tensors.items() if name in adapted.names}
+    extras = {name: tensor for name, tensor in instruction.tensors.items() if name not in adapted.names}
     try:
-        verify(instruction.tensors, expected)
+        verify(received, {name: shape for name, shape in layout_of(initial).items() if name in sent})
+        strategy.client.verify_extras(extras, initial)
     except ReplyRejected as problem:
         raise SiteRefusal(problem.code, f"the adapter sent by the server is unusable: {problem}") from problem
-    start = initial | dict(instruction.tensors)
-    if digest(start) != header.adapter_digest:
+    adapter = initial | received
+    if digest(adapter | extras) != header.adapter_digest:
         raise SiteRefusal("adapter_digest", "the adapter does not match its digest; server and site differ in version")
-    return start
+    return strategy.client.begin(
+        LocalStart(
+            adapter=adapter,
+            extras=extras,
+            memory=state.memory(plan.run).before(number) if strategy.has_memory else {},
+            trained=strategy.trained(adapted.names, number),
+            uploaded=strategy.uploaded(adapted.names, number),
+            local=plan.local,
+            learning_rate=plan.local.optimizer.learning_rate * plan.local.learning_rate_factor(number, plan.rounds),
+        )
+    )
 
 
 def _privacy_plan(plan: ClientPlan, file: SiteFile, num_units: int) -> PrivacyPlan:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from client.memory import SiteMemory
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
@@ -54,6 +55,10 @@ class SiteState:
         ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)
         self._ledger = (units, ledger)
         return ledger
+
+    def memory(self, run: str) -> SiteMemory:
+        """Return what this site keeps from round to round of a run."""
+        return SiteMemory(self._folder, run)
 
     def spent(self) -> float:
         """Return the ε of everything booked for the data set of the last round; 0 before the first."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-
-import torch
 
 from client.units import Units
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
@@ -21,7 +19,8 @@ from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream, inputs_digest, round_stream
 from protocol.instructions import InstructionHeader
-from protocol.tensors import NamedTensors, digest, subtract
+from protocol.tensors import NamedTensors, digest
+from strategies.base import LocalRound
 
 __all__ = ["Trained", "TrainingJob", "check_gradients", "round_rule", "train"]
 
@@ -34,7 +33,7 @@ class TrainingJob:
     header: InstructionHeader
     adapted: AdaptedModel
     trained_names: frozenset[str]
-    start: Mapping[str, torch.Tensor]
+    local: LocalRound
     examples: Sequence[Example]
     units: Units
     privacy: PrivacyPlan
@@ -57,7 +56,10 @@ class TrainingJob:
         settings = self.header.plan.model_copy(update={"run": "any"}).digest
         records = _fingerprint(self.examples, self.units)
         header, privacy = self.header, repr(self.privacy)
-        return inputs_digest(self.file.name, settings, privacy, header.adapter_digest, header.base_digest, records)
+        start = digest(self.local.start)  # with what the site kept itself, which `adapter_digest` does not cover
+        return inputs_digest(
+            self.file.name, settings, privacy, header.adapter_digest, start, header.base_digest, records
+        )
 
     def stream(self, secret: bytes, attempt: int) -> SecureStream:
         """Return the randomness of sampling, noise and dropout: keyed by the site's secret, unless it is repeatable.
@@ -80,6 +82,8 @@ class Trained:
     """What training gave. Only the update and the noisy loss are made to leave."""
 
     update: NamedTensors
+    memory: NamedTensors
+    """What the strategy keeps at this site for its next round."""
     noisy_loss: float | None
     diagnostics: TrainingDiagnostics
     clipped: int
@@ -101,7 +105,7 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
     plan, asked = job.header.plan, job.asked
     rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, stream)
     try:
-        job.adapted.load(job.start)
+        job.adapted.load(job.local.start)
         diagnostics = train_locally(
             job.adapted,
             job.adapted.train_only(job.trained_names),
@@ -115,11 +119,12 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             micro_batch_tokens=job.file.runtime.micro_batch_tokens,
             static_shapes=job.file.runtime.static_shapes,
             learning_rate_factor=plan.local.learning_rate_factor(job.header.round, plan.rounds),
+            correct=job.local.correct,
         )
     finally:
         rule.close()
-    update = subtract(job.adapted.extract(), job.start, job.trained_names)
-    return Trained(update, rule.released_loss, diagnostics, rule.clipped, rule.non_finite)
+    outcome = job.local.finish(job.adapted.extract())
+    return Trained(outcome.update, outcome.memory, rule.released_loss, diagnostics, rule.clipped, rule.non_finite)
 
 
 def check_gradients(

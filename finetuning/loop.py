@@ -61,6 +61,7 @@ def train_locally(
     unit_weighting: Literal["mean", "sum"] = "mean",
     static_shapes: bool = False,
     learning_rate_factor: float = 1.0,
+    correct: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainingDiagnostics:
     """Train the adapter in place for `local.steps` steps, and return what happened.
@@ -78,6 +79,7 @@ def train_locally(
         unit_weighting: whether a unit's loss is the mean or the sum over its records.
         static_shapes: pad every micro-batch to one shape with rows that add nothing; the result is the same.
         learning_rate_factor: multiplies the optimizer's learning rate.
+        correct: adds the terms of a local objective to every step's finished (noised) gradient.
         clock: seconds, for the diagnostics.
     """
     began = clock()
@@ -104,6 +106,8 @@ def train_locally(
                 loss_sum += float(losses.detach()[: part.records].sum())
                 seen += part.records
             gradients.finish()
+            if correct is not None:
+                correct(trained)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     adapted.network.eval()

@@ -36,6 +36,11 @@ class Member:
         """The site's name."""
         return self.card.site
 
+    @property
+    def rank(self) -> int | None:
+        """The LoRA rank that the site trains; None: the plan's."""
+        return None
+
 
 def enroll(
     grid: Grid,

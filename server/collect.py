@@ -14,15 +14,23 @@ from privacy.client_level import update_norm
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instruction_to_record, payload_bytes, record_to_reply
-from protocol.tensors import Layout, verify
+from protocol.tensors import Layout, NamedTensors, verify
 from server.cohort import Member
 from server.events import SiteReplied
 
-__all__ = ["Collected", "collect"]
+__all__ = ["Assignment", "Collected", "collect"]
 
 _POLL_S = 0.2
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a site is asked, and the names, shapes and dtypes of a valid update. Sites may share one."""
+
+    instruction: Instruction
+    expected: Layout
 
 
 @dataclass(frozen=True)
@@ -37,36 +45,35 @@ class Collected:
 
 def collect(
     grid: Grid,
-    instruction: Instruction,
+    assignments: Mapping[str, Assignment],
     cohort: tuple[Member, ...],
-    accept: Callable[[str, Reply], None],
+    accept: Callable[[str, Reply, NamedTensors], None],
     observe: Callable[[SiteReplied], None],
     *,
-    expected: Layout,
     timeout_s: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Collected:
-    """Send `instruction` to the cohort and hand each verified reply to `accept`, as it arrives.
+    """Send each site of the cohort its instruction and hand each verified reply to `accept`, as it arrives.
 
     A reply that does not verify, a refusal, an error and a missing reply are each observed with a reason, and the
     round goes on without them. Updates are folded one at a time: memory does not grow with the cohort.
 
     Args:
         grid: Flower's link to the nodes.
-        instruction: the round's work.
+        assignments: the round's work by site.
         cohort: whom to ask.
-        accept: takes a site's name and its verified reply.
+        accept: takes a site's name, its verified reply and the tensors it was sent.
         observe: takes what became of each site's reply.
-        expected: names, shapes and dtypes of a valid update.
         timeout_s: how long to wait for all replies together.
         clock: seconds.
         sleep: waits that many seconds.
     """
-    record = instruction_to_record(instruction)
-    bytes_down = payload_bytes(record)
+    # One record for all that share an assignment: Flower stores and sends its tensors once.
+    records = {id(each): instruction_to_record(each.instruction) for each in assignments.values()}
+    asked = {site: (each, payload_bytes(records[id(each)])) for site, each in assignments.items()}
     sites = {member.node_id: member.site for member in cohort}
-    messages = [Message(record, member.node_id, MessageType.TRAIN) for member in cohort]
+    messages = [Message(records[id(assignments[member.site])], member.node_id, MessageType.TRAIN) for member in cohort]
     identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
     waiting: dict[str, str] = {
         identifier: sites[message.metadata.dst_node_id]
@@ -80,16 +87,19 @@ def collect(
             sleep(_POLL_S)
             continue
         identifier, message = arrived
-        outcome, reply = _judged(message, waiting.pop(identifier), instruction, expected, bytes_down)
+        site = waiting.pop(identifier)
+        assignment, bytes_down = asked[site]
+        outcome, reply = _judged(message, site, assignment.instruction, assignment.expected, bytes_down)
         if reply is not None:
             folding = clock()
-            accept(outcome.site, reply)
+            accept(site, reply, assignment.instruction.tensors)
             aggregating += clock() - folding
         counts[outcome.accepted] += 1
         observe(outcome)
     for site in waiting.values():
         counts[False] += 1
-        observe(_unused(instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
+        assignment, bytes_down = asked[site]
+        observe(_unused(assignment.instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
     return Collected(counts[True], counts[False], clock() - began - aggregating, aggregating)
 
 

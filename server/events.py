@@ -83,6 +83,8 @@ class RoundFinished:
     other_s: float
     privacy: PrivacyStatement | None = None
     """Client-level: what the run costs so far."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the strategy says of the round's updates."""
     kind: Literal["round_finished"] = "round_finished"
 
 

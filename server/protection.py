@@ -21,7 +21,7 @@ from server.budget import RunBudget, open_budget
 from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
-from strategies.base import Aggregator, Strategy
+from strategies.base import Aggregator, Contribution, Strategy
 
 __all__ = ["ClientLevelProtection", "NoProtection", "Protection", "protection_for"]
 
@@ -45,16 +45,16 @@ class Protection(Protocol):
         """Return whom to ask."""
         ...
 
-    def reserve(self, round_number: int, layout: Layout) -> None:
-        """Book what the round will cost, and get ready to fold updates of `layout`.
+    def reserve(self, round_number: int, layout: Layout, aggregator: Aggregator) -> None:
+        """Book what the round will cost, and get ready to fold updates of `layout`, by the strategy's own aggregator.
 
         Raises:
             BudgetExceeded: nothing must be sent then.
         """
         ...
 
-    def fold(self, site: str, reply: Reply) -> None:
-        """Fold one verified reply."""
+    def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
+        """Fold one verified reply, trained from `start`."""
         ...
 
     def combined(self) -> NamedTensors:
@@ -84,7 +84,7 @@ def protection_for(
     """
     privacy = experiment.privacy
     if not isinstance(privacy, ClientLevel):
-        return NoProtection(experiment, strategy, members)
+        return NoProtection(experiment, members)
     if not strategy.is_linear:
         raise PrivacyError(
             f"strategy={experiment.strategy.kind} is no weighted sum of updates, so what one site can change is not "
@@ -104,26 +104,29 @@ class NoProtection:
     needs_replies = True
     clip_norm = None
 
-    def __init__(self, experiment: Experiment, strategy: Strategy, members: tuple[Member, ...]) -> None:
-        self._experiment, self._strategy, self._members = experiment, strategy, members
+    def __init__(self, experiment: Experiment, members: tuple[Member, ...]) -> None:
+        self._experiment, self._members = experiment, members
         self._weights = weights_of(members, experiment.strategy.weights)
-        self._aggregator: Aggregator = strategy.aggregator()
+        self._aggregator: Aggregator | None = None
 
     def cohort(self, round_number: int) -> tuple[Member, ...]:
         """See `draw_cohort`."""
         return draw_cohort(self._members, self._experiment.federation.cohort_size, self._experiment.seed, round_number)
 
-    def reserve(self, round_number: int, layout: Layout) -> None:
+    def reserve(self, round_number: int, layout: Layout, aggregator: Aggregator) -> None:
         """Book nothing."""
-        self._aggregator = self._strategy.aggregator()
+        self._aggregator = aggregator
 
-    def fold(self, site: str, reply: Reply) -> None:
+    def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
         """Fold one update, with the site's weight."""
-        self._aggregator.accumulate(reply.tensors, self._weights[site])
+        steps = self._experiment.federation.local.steps
+        self._folding.accumulate(
+            Contribution(reply.tensors, self._weights[site], start, steps, site, reply.header.metrics)
+        )
 
     def combined(self) -> NamedTensors:
         """Return what the strategy makes of the updates."""
-        return self._aggregator.result()
+        return self._folding.result()
 
     def commit(self) -> None:
         """Nothing was spent here."""
@@ -134,6 +137,12 @@ class NoProtection:
 
     def close(self) -> None:
         """Nothing is open."""
+
+    @property
+    def _folding(self) -> Aggregator:
+        if self._aggregator is None:
+            raise RuntimeError("a round must be reserved before anything is folded into it")
+        return self._aggregator
 
 
 class ClientLevelProtection:
@@ -175,7 +184,7 @@ class ClientLevelProtection:
             return draw_cohort(self._members, federation.cohort_size, seed, round_number)
         return draw_in_rotation(self._members, federation.cohort_size or len(self._members), seed, round_number)
 
-    def reserve(self, round_number: int, layout: Layout) -> None:
+    def reserve(self, round_number: int, layout: Layout, aggregator: Aggregator) -> None:
         """Book the round; with correlated noise, the whole run before round 1."""
         self._round = round_number
         self._sum = self._release.new_sum(layout)
@@ -183,7 +192,7 @@ class ClientLevelProtection:
         if mechanism is not None:
             self._reservation = self._budget.reserve(round_number, mechanism)
 
-    def fold(self, site: str, reply: Reply) -> None:
+    def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
         """Fold one clipped update, with the site's bounded weight."""
         self._folded.accumulate(reply.tensors, self._plan.weights[site], reply.header.below_clip)
 

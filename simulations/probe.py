@@ -24,6 +24,7 @@ from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
 from simulations.patient import Patient, rows_of
 from simulations.watching import gradient_of
+from strategies.averaging import plain_round
 
 __all__ = ["draws_of", "probe_of"]
 
@@ -98,7 +99,7 @@ def _released(patient: Patient, plan: PrivacyPlan, rows: Sequence[Row]) -> torch
         header=patient.instruction(one_step, 1, patient.start).header,
         adapted=patient.adapted,
         trained_names=frozenset(patient.trained),
-        start=patient.start,
+        local=plain_round(patient.start, frozenset(patient.trained), local),
         examples=records.examples,
         units=records.units,
         privacy=replace(plan, sampling=PoissonSampling(1.0, len(records.units))),

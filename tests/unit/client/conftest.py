@@ -53,7 +53,7 @@ def instruct() -> Callable[..., Instruction]:
     ) -> Instruction:
         adapted = attach(load_base(experiment.model, experiment.task, "cpu"), experiment.peft, experiment.task)
         start = dict(adapter if adapter is not None else adapted.initial(experiment.seed))
-        trained = build_strategy(experiment.strategy).trained(frozenset(start))
+        trained = build_strategy(experiment.strategy).trained(frozenset(start), 1)
         plan = client_plan(experiment, run)
         header = InstructionHeader(
             round=round_number,
