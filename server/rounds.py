@@ -9,16 +9,17 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
 from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
-from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
+from protocol.instructions import ClientPlan, Instruction, InstructionHeader, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
 from server.cohort import Member, enroll
 from server.collect import Assignment, Collected, collect
+from server.downlink import Downlink, downlink_for
 from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
 from server.protection import Protection, protection_for
@@ -46,6 +47,7 @@ class _Run:
     base_digest: str
     strategy: Strategy
     protection: Protection
+    downlink: Downlink
     timeout_s: float
 
 
@@ -82,7 +84,8 @@ def run_federation(
     members = enroll(grid, expected_sites, timeout_s)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, timeout_s)
+    downlink = downlink_for(experiment.quantization, directory.run)
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, downlink, timeout_s)
     observe = protection.observer(observe)
     values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
     observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
@@ -113,10 +116,17 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
+    downloaded = run.strategy.downloaded(frozenset(adapter), round_number)
+    adapter = run.downlink.broadcast(adapter, downloaded, round_number)
     assignments = _assignments(run, round_number, adapter, state, cohort)
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
-    collected = collect(grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s)
+
+    def accept(site: str, reply: Reply, start: NamedTensors) -> None:
+        protection.fold(site, reply, start)
+        run.downlink.confirmed(site)
+
+    collected = collect(grid, assignments, cohort, accept, observe, timeout_s=run.timeout_s)
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
@@ -151,9 +161,16 @@ def _round(
 def _assignments(
     run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
-    """Return each site's work; sites of one rank share it."""
+    """Return each site's work; sites of one rank share it, and those that hold the last adapter its short form."""
     by_rank = {rank: _assignment(run, round_number, adapter, state, rank) for rank in {each.rank for each in cohort}}
-    return {member.site: by_rank[member.rank] for member in cohort}
+    short = {rank: _shortened(run, assignment) for rank, assignment in by_rank.items()}
+    holds = run.downlink.holds_last
+    return {each.site: (short if holds(each.site) else by_rank)[each.rank] for each in cohort}
+
+
+def _shortened(run: _Run, full: Assignment) -> Assignment:
+    instruction = run.downlink.shortened(full.instruction)
+    return full if instruction is None else replace(full, instruction=instruction)
 
 
 def _assignment(
@@ -171,7 +188,7 @@ def _assignment(
         adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
     )
-    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
+    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start), sent)
 
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:

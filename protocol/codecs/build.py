@@ -17,7 +17,7 @@ from protocol.codecs.signsgd import SignSGD
 from protocol.codecs.topk import TopK
 from protocol.codecs.uniform_entropy import UniformEntropy
 
-__all__ = ["CODECS", "build_codec", "has_error_feedback"]
+__all__ = ["CODECS", "build_codec", "has_error_feedback", "sends_changes"]
 
 CODECS: dict[type[wire.Quantization], Callable[[Any], Codec]] = {
     wire.NoQuantization: lambda config: NoCodec(),
@@ -42,3 +42,8 @@ def build_codec(config: wire.Quantization) -> Codec:
 def has_error_feedback(config: wire.Quantization) -> bool:
     """Return whether what a message left out is added to the next one."""
     return isinstance(config, wire.SignSGD | wire.TopK) and config.error_feedback
+
+
+def sends_changes(config: wire.Quantization) -> bool:
+    """Return whether the server sends encoded changes of its adapter, so that sites keep what they receive."""
+    return not isinstance(config, wire.NoQuantization | wire.Lattice) and config.downlink == "same"
