@@ -1,7 +1,7 @@
 """What each wire codec costs and loses on one vector, side by side in one run: bits, error, seconds.
 
-Gaussian values, one thread, the best of the repetitions. bitsandbytes' NF4, which other frameworks use, is measured
-beside where it is installed. Nothing here is a test.
+Gaussian values, processor time of one thread, the best of the repetitions. bitsandbytes' NF4, which other frameworks
+use, is measured beside where it is installed. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def print_table(quick: bool) -> None:
     machine = f"{platform.machine()}, one of {os.cpu_count()} cores, torch {torch.__version__}"
     table = Table(title=f"wire codecs on {values / 1e6:g} million Gaussian values, {machine}")
     table.add_column("codec")
-    for heading in ("bits a value", "squared error", "encode s", "decode s"):
+    for heading in ("bits a value", "squared error", "encode, s", "decode, s"):
         table.add_column(heading, justify="right")
     for line in measure_all(values, 1 if quick else 3):
         table.add_row(
@@ -112,9 +112,9 @@ def _name(config: wire.Quantization) -> str:
 def _best(call: Callable[[], Any], repetitions: int) -> tuple[Any, float]:
     result, best = None, float("inf")
     for _ in range(repetitions):
-        began = time.perf_counter()
+        began = time.process_time()
         result = call()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.process_time() - began)
     return result, best
 
 

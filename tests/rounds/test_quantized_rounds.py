@@ -38,12 +38,14 @@ OVERRIDES = (
     "evaluation.every=0",
     "runtime.threads=1",
 )
+# Which records are drawn depends on the plan, so on its codec: rounds in two codecs agree when all are drawn.
+EVERY_RECORD = ("data.partition={kind:iid,sites:2}", "federation.local.expected_batch_size=18")
 Tamper = Callable[[Instruction, Reply], Reply]
 
 
 @cache
-def population() -> Population:
-    return build_population(compose_experiment(OVERRIDES))
+def population(*overrides: str) -> Population:
+    return build_population(compose_experiment((*OVERRIDES, *overrides)))
 
 
 class Watched:
@@ -71,7 +73,7 @@ class Run:
 
     def __init__(self, path: Path, *overrides: str, tamper: Tamper | None = None) -> None:
         experiment = compose_experiment((*OVERRIDES, *overrides))
-        real = population().sites(experiment, path / "sites")
+        real = population(*EVERY_RECORD[: EVERY_RECORD[0] in overrides]).sites(experiment, path / "sites")
         self.sites = {name: Watched(site, tamper if name == SITES[0] else None) for name, site in real.items()}
         nodes: list[Any] = list(self.sites.values())
         app = client_app(lambda context: nodes[int(context.node_config["partition-id"])])
@@ -85,7 +87,7 @@ class Run:
 
 def one_round(path: Path, *overrides: str) -> tuple[torch.Tensor, float]:
     """Return the change that one round makes, and the bytes that a site sent."""
-    run = Run(path, "federation.rounds=1", *overrides)
+    run = Run(path, "federation.rounds=1", *EVERY_RECORD, *overrides)
     start = next(iter(run.sites.values())).asked[0].tensors
     final = run.adapters[-1]
     change = torch.cat([(final[name] - start[name]).flatten() for name in sorted(start)])
