@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 
-from conf.compose import compose_experiment, parse_experiment
+from conf.compose import InvalidConfiguration, compose_experiment, parse_experiment
 from conf.schema.experiment import Experiment
 from protocol.errors import CloisterError
 from simulations.simulate import simulate
@@ -117,7 +117,7 @@ def compose_cell(labels: Labels, overrides: Iterable[str]) -> Cell:
     """Return the cell; what the support matrix or the schema refuses becomes a cell with the reason."""
     try:
         return Cell(labels, compose_experiment([f"name={labels.study}", *_SETTINGS, f"seed={labels.seed}", *overrides]))
-    except CloisterError as error:
+    except InvalidConfiguration as error:
         return Cell(labels, None, _one_line(error))
 
 

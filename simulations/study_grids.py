@@ -59,13 +59,20 @@ class Grid:
     """Of every cell, last."""
 
     def cells(self, study: str, variants: Iterable[tuple[str, str, str]]) -> list[Cell]:
-        """Return a cell per variant (strategy, codec, ranks) and point of the grid; the reference first."""
+        """Return a cell per variant (strategy, codec, ranks) and point of the grid.
+
+        Raises:
+            ConfigError: no cell can be run.
+        """
         points = list(product(self.sets, self._places(), self.epsilons, self.rate_factors, self.seeds))
-        return [
+        cells = [
             self._cell(study, data, place, epsilon, factor, seed, variant)
             for variant in variants
             for data, place, epsilon, factor, seed in points
         ]
+        if cells and all(cell.refused for cell in cells):
+            raise ConfigError(f"no cell of the study can be run: {cells[0].refused}")
+        return cells
 
     def _places(self) -> list[tuple[str, int]]:
         """Return the partitions with their numbers of sites: the data's own split has one number, its own."""

@@ -56,7 +56,7 @@ class _Stored:
 
     def overrides(self, name: str, path: Path, model: str) -> tuple[str, ...]:
         """Return what makes an experiment of it."""
-        task = (f"task={{kind:classification,labels:[{','.join(self.labels)}]}}",) if self.labels else ()
+        task = ("task=classification", f"task.labels=[{','.join(self.labels)}]") if self.labels else ()
         split = ("data.split_column=split", "data.heldout_value=test") if self.split else ()
         return (
             "data=jsonl_text",
@@ -64,7 +64,8 @@ class _Stored:
             f"data.source.path={path}",
             "data.max_length=96",
             "data.max_records=6000",
-            f"model={{path:{model},revision:null,dtype:fp32,weight_format:full}}",
+            f"model={'encoder' if self.labels else 'causal_lm'}",
+            f"model.path={model}",
             *split,
             *task,
         )
