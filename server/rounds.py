@@ -77,8 +77,8 @@ def run_federation(
     """
     began = clock()
     federation = experiment.federation
-    adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
+    adapter = strategy.initial(evaluator.initial_adapter(experiment.seed))
     members = enroll(grid, expected_sites, timeout_s)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)

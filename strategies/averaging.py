@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,8 +16,12 @@ from strategies.mean import WeightedMean
 __all__ = ["Averaging", "PlainClient", "PlainRound", "everything", "plain_round"]
 
 
+@dataclass(frozen=True)
 class Averaging:
     """The server half of federated averaging: x ← x + Σ pₖ Δₖ."""
+
+    mean: Callable[[NamedTensors], Aggregator] = WeightedMean
+    """From the adapter to an aggregator whose result is the weighted mean of the updates."""
 
     def init(self, adapter: NamedTensors) -> ServerState:
         """Return an empty state."""
@@ -29,7 +33,7 @@ class Averaging:
 
     def aggregator(self, adapter: NamedTensors, state: ServerState) -> Aggregator:
         """Return a weighted mean."""
-        return WeightedMean()
+        return self.mean(adapter)
 
     def step(
         self, adapter: NamedTensors, combined: NamedTensors, state: ServerState

@@ -181,3 +181,5 @@ class Strategy:
     """What it needs to be sent. It derives the rest from the public seed, or keeps it itself."""
     has_memory: bool = False
     """Whether sites keep tensors from round to round."""
+    initial: Callable[[NamedTensors], NamedTensors] = lambda adapter: adapter
+    """From the adapter as PEFT initializes it to the one before round 1."""

@@ -7,13 +7,21 @@ from collections.abc import Callable
 from conf.schema import strategy as schema
 from strategies.base import Strategy
 from strategies.lora.fedit import fedit
+from strategies.lora.fedrot import fedrot
+from strategies.lora.fedsa import fedsa
+from strategies.lora.fedsvd import fedsvd
 from strategies.lora.ffa_lora import ffa_lora
+from strategies.lora.rolora import rolora
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
-STRATEGIES: dict[type[schema.FedIT | schema.FFALoRA], Callable[[], Strategy]] = {
+STRATEGIES: dict[type[schema.Strategy], Callable[[], Strategy]] = {
     schema.FedIT: fedit,
     schema.FFALoRA: ffa_lora,
+    schema.RoLoRA: rolora,
+    schema.FedSALoRA: fedsa,
+    schema.FedSVD: fedsvd,
+    schema.FedRot: fedrot,
 }
 
 

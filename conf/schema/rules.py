@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
+from conf.schema.strategy import Strategy
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
 
 
-LINEAR_STRATEGIES = ("fedit", "ffa_lora")
+LINEAR_STRATEGIES: tuple[str, ...] = tuple(
+    variant.model_fields["kind"].default for variant in get_args(get_args(Strategy)[0]) if variant.is_linear
+)
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
 
 
@@ -87,11 +90,15 @@ def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
     )
 
 
-def frozen_a_needs_no_dora(experiment: Experiment) -> str | None:
-    """FFA-LoRA averages B exactly only when B is all that moves."""
-    if experiment.strategy.kind != "ffa_lora" or not experiment.peft.dora:
+def one_factor_needs_no_dora(experiment: Experiment) -> str | None:
+    """The mean of one factor is exact only when that factor is all that moves in its layer."""
+    strategy = experiment.strategy
+    if strategy.trains == "both" or not experiment.peft.dora:
         return None
-    return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude; use strategy=fedit or peft.dora=false"
+    return (
+        f"strategy={strategy.kind} trains one factor at a time, peft.dora=true adds a magnitude; use strategy=fedit or "
+        "peft.dora=false"
+    )
 
 
 def poisson_needs_client_level(experiment: Experiment) -> str | None:
@@ -129,6 +136,17 @@ def client_level_needs_a_sum(experiment: Experiment) -> str | None:
     return (
         f"privacy=client_level needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not {strategy}; "
         "use strategy=ffa_lora"
+    )
+
+
+def correlated_noise_needs_fixed_coordinates(experiment: Experiment) -> str | None:
+    """Noise that later rounds take back must meet the same values again."""
+    privacy, strategy = experiment.privacy, experiment.strategy
+    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent" or not strategy.turns_coordinates:
+        return None
+    return (
+        f"privacy.noise.kind={privacy.noise.kind} cancels over rounds, and the values that strategy={strategy.kind} "
+        "sums are others in every round; use noise.kind=independent, or strategy=ffa_lora"
     )
 
 
@@ -190,9 +208,10 @@ RULES: tuple[Rule, ...] = (
     Rule(protected_loss_needs_noise, frozenset({"federation", "privacy"})),
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
-    Rule(frozen_a_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(one_factor_needs_no_dora, frozenset({"strategy", "peft"})),
     Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),
     Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
+    Rule(correlated_noise_needs_fixed_coordinates, frozenset({"privacy", "strategy"})),
     Rule(bands_within_separation, frozenset({"privacy"})),
     Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
 )
@@ -228,8 +247,18 @@ def _high_epsilon(experiment: Experiment) -> str | None:
 
 
 def _both_factors_under_noise(experiment: Experiment) -> str | None:
-    if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
-        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora is steadier"
+    strategy = experiment.strategy
+    if experiment.privacy.kind != "none" and strategy.trains == "both":
+        return f"strategy={strategy.kind} noises both LoRA factors and the noises multiply; ffa_lora is steadier"
+    return None
+
+
+def _no_global_model(experiment: Experiment) -> str | None:
+    if experiment.strategy.kind == "fedsa":
+        return (
+            "strategy=fedsa has no global model: every site keeps its own B, and what the server evaluates and exports "
+            "holds A alone, which computes the base"
+        )
     return None
 
 
@@ -238,6 +267,7 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _insecure_seed,
     _high_epsilon,
     _both_factors_under_noise,
+    _no_global_model,
 )
 
 
