@@ -56,8 +56,12 @@ class Site:
 
     def card(self) -> SiteCard:
         """Return what the site says of itself."""
+        file = self.file
         return SiteCard(
-            cloister_version=version("cloister"), site=self.file.name, published_records=self.file.published_records
+            cloister_version=version("cloister"),
+            site=file.name,
+            published_records=file.published_records,
+            max_rank=file.max_rank,
         )
 
     def handle(self, instruction: Instruction) -> Reply:
@@ -93,7 +97,9 @@ class Site:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
         model = plan.model.model_copy(update={"path": self.file.model_path, "revision": None})
         base = load_base(model, self.file.task, self.file.runtime.device)
-        return attach(base, plan.peft, self.file.task)
+        return attach(
+            base, plan.peft.at_rank(min(plan.peft.rank, self.file.max_rank or plan.peft.rank)), self.file.task
+        )
 
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         if self._tokenized is None:

@@ -23,8 +23,9 @@ from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
 from server.protection import Protection, protection_for
 from server.run_directory import RunDirectory
-from strategies.base import ServerState, Strategy
+from strategies.base import Names, ServerState, Strategy
 from strategies.build import build_strategy
+from strategies.lora.factors import cut
 
 __all__ = ["Outcome", "run_federation"]
 
@@ -44,6 +45,8 @@ class _Run:
     experiment: Experiment
     plan: ClientPlan
     base_digest: str
+    names: Names
+    """Of the adapter's own tensors; a strategy may fold others into it."""
     strategy: Strategy
     protection: Protection
     timeout_s: float
@@ -82,9 +85,10 @@ def run_federation(
     members = enroll(grid, expected_sites, timeout_s)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, timeout_s)
+    names = frozenset(adapter)
+    run = _Run(experiment, plan, evaluator.base_digest, names, strategy, protection, timeout_s)
     observe = protection.observer(observe)
-    values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+    values = sum(adapter[name].numel() for name in strategy.trained(names, 1))
     observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
     evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
     progress = _Progress(adapter, strategy.server.init(adapter), evaluation)
@@ -152,17 +156,22 @@ def _assignments(
     run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
     """Return each site's work; sites of one rank share it."""
-    by_rank = {rank: _assignment(run, round_number, adapter, state, rank) for rank in {each.rank for each in cohort}}
-    return {member.site: by_rank[member.rank] for member in cohort}
+    ranks = {member.site: _rank(member, run.plan) for member in cohort}
+    by_rank = {rank: _assignment(run, round_number, adapter, state, rank) for rank in set(ranks.values())}
+    return {site: by_rank[rank] for site, rank in ranks.items()}
+
+
+def _rank(member: Member, plan: ClientPlan) -> int | None:
+    """Return the rank that a site trains where it is below the plan's."""
+    return None if member.rank is None or member.rank >= plan.peft.rank else member.rank
 
 
 def _assignment(
     run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, rank: int | None
 ) -> Assignment:
-    names = frozenset(adapter)
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
-    sent = run.strategy.server.download(adapter, state, run.strategy.downloaded(names, round_number), rank)
-    start = {**adapter, **sent}
+    sent = run.strategy.server.download(adapter, state, run.strategy.downloaded(run.names, round_number), rank)
+    start = {**cut(adapter, rank), **sent}
     header = InstructionHeader(
         round=round_number,
         plan=run.plan,
@@ -176,7 +185,7 @@ def _assignment(
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:
     """Return the layout of a valid update from `start`."""
-    names = run.strategy.uploaded(frozenset(start), round_number)
+    names = run.strategy.uploaded(run.names, round_number)
     return layout_of({name: start[name] for name in sorted(names)})
 
 

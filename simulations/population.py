@@ -43,10 +43,17 @@ class Population:
         """Return a site per part, in the order of their names, each with its own state directory under `state`."""
         return {
             name: Site(
-                site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
+                site_file(
+                    experiment,
+                    name,
+                    len(rows),
+                    state / name,
+                    users_of(rows, experiment.data.user_column),
+                    max_rank=_rank_of(experiment, position),
+                ),
                 rows=_given(rows),
             )
-            for name, rows in self.parts.items()
+            for position, (name, rows) in enumerate(self.parts.items())
         }
 
 
@@ -60,7 +67,14 @@ def build_population(experiment: Experiment) -> Population:
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
 
 
-def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
+def site_file(
+    experiment: Experiment,
+    name: str,
+    records: int,
+    state: Path,
+    users: int | None = None,
+    max_rank: int | None = None,
+) -> SiteFile:
     """Return the site file of a simulated site. Its policy agrees to whatever the simulation's owner configured."""
     published, published_users = published_count(records), None if users is None else published_count(users)
     privacy = local_privacy(experiment.privacy)
@@ -83,8 +97,14 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         ),
         model_path=experiment.model.path,
         task=experiment.task,
+        max_rank=max_rank,
         state_directory=str(state),
     )
+
+
+def _rank_of(experiment: Experiment, position: int) -> int | None:
+    ranks = experiment.federation.site_ranks
+    return None if ranks is None else ranks[position % len(ranks)]
 
 
 def _budget(

@@ -11,6 +11,7 @@ from conf.schema.federation import LocalTraining
 from protocol.errors import ReplyRejected
 from protocol.tensors import NamedTensors, add, subtract
 from strategies.base import Aggregator, LocalOutcome, LocalRound, LocalStart, Names, ServerState
+from strategies.lora.factors import cut
 from strategies.mean import WeightedMean
 
 __all__ = ["Averaging", "PlainClient", "PlainRound", "everything", "plain_round"]
@@ -28,8 +29,8 @@ class Averaging:
         return ServerState()
 
     def download(self, adapter: NamedTensors, state: ServerState, names: Names, rank: int | None) -> NamedTensors:
-        """Return the tensors `names` of the adapter."""
-        return {name: adapter[name] for name in sorted(names)}
+        """Return the tensors `names` of the adapter, factors cut to `rank`."""
+        return cut({name: adapter[name] for name in sorted(names)}, rank)
 
     def aggregator(self, adapter: NamedTensors, state: ServerState) -> Aggregator:
         """Return a weighted mean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
 from conf.schema.strategy import Strategy
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
 
 
+_VARIANTS: tuple[Any, ...] = get_args(get_args(Strategy)[0])
 LINEAR_STRATEGIES: tuple[str, ...] = tuple(
-    variant.model_fields["kind"].default for variant in get_args(get_args(Strategy)[0]) if variant.is_linear
+    variant.model_fields["kind"].default for variant in _VARIANTS if variant.is_linear
 )
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
 
@@ -99,6 +100,28 @@ def one_factor_needs_no_dora(experiment: Experiment) -> str | None:
         f"strategy={strategy.kind} trains one factor at a time, peft.dora=true adds a magnitude; use strategy=fedit or "
         "peft.dora=false"
     )
+
+
+def folding_needs_no_dora(experiment: Experiment) -> str | None:
+    """DoRA normalizes W₀ + BA, and knows nothing of what was folded beside it."""
+    strategy = experiment.strategy
+    if not strategy.folds or not experiment.peft.dora:
+        return None
+    return f"strategy={strategy.kind} folds products beside the base, which peft.dora=true ignores; use peft.dora=false"
+
+
+def site_ranks_need_a_strategy(experiment: Experiment) -> str | None:
+    """Sites of lower ranks need a rule for factors of different sizes, and a rank above theirs."""
+    ranks, strategy, rank = experiment.federation.site_ranks, experiment.strategy, experiment.peft.rank
+    if ranks is None or all(each >= rank for each in ranks):
+        return None
+    if not strategy.takes_ranks:
+        takers = ", ".join(variant.model_fields["kind"].default for variant in _VARIANTS if variant.takes_ranks)
+        return (
+            f"federation.site_ranks={list(ranks)} has ranks below peft.rank={rank}, which strategy={strategy.kind} "
+            f"cannot combine; use one of {takers}"
+        )
+    return None
 
 
 def poisson_needs_client_level(experiment: Experiment) -> str | None:
@@ -209,6 +232,8 @@ RULES: tuple[Rule, ...] = (
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
     Rule(one_factor_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(folding_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(site_ranks_need_a_strategy, frozenset({"federation", "strategy", "peft"})),
     Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),
     Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
     Rule(correlated_noise_needs_fixed_coordinates, frozenset({"privacy", "strategy"})),
@@ -253,6 +278,15 @@ def _both_factors_under_noise(experiment: Experiment) -> str | None:
     return None
 
 
+def _starts_anew(experiment: Experiment) -> str | None:
+    if experiment.privacy.kind != "none" and experiment.strategy.kind == "flora":
+        return (
+            "strategy=flora starts from B = 0 in every round, so each round's noise meets factors that have learned "
+            "nothing yet; fedsvd is exact too, and goes on from what was learned"
+        )
+    return None
+
+
 def _no_global_model(experiment: Experiment) -> str | None:
     if experiment.strategy.kind == "fedsa":
         return (
@@ -267,6 +301,7 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _insecure_seed,
     _high_epsilon,
     _both_factors_under_noise,
+    _starts_anew,
     _no_global_model,
 )
 

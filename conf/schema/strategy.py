@@ -8,10 +8,14 @@ from conf.schema.base import Frozen
 
 __all__ = [
     "FFALoRA",
+    "FLoRA",
+    "FedEx",
     "FedIT",
     "FedRot",
     "FedSALoRA",
     "FedSVD",
+    "FlexLoRA",
+    "HetLoRA",
     "RoLoRA",
     "Strategy",
     "Trains",
@@ -29,6 +33,10 @@ class _Averaging(Frozen):
     trains: ClassVar[Trains] = "both"
     turns_coordinates: ClassVar[bool] = False
     """Whether a value of the update means something else from round to round."""
+    folds: ClassVar[bool] = False
+    """Whether what rank r cannot hold is folded into the base."""
+    takes_ranks: ClassVar[bool] = False
+    """Whether sites may train at lower ranks than the plan's."""
 
     weights: Weights = Field(
         default="uniform",
@@ -47,6 +55,7 @@ class FFALoRA(_Averaging):
 
     kind: Literal["ffa_lora"] = "ffa_lora"
     trains: ClassVar[Trains] = "one"
+    takes_ranks: ClassVar[bool] = True
 
 
 class RoLoRA(_Averaging):
@@ -68,6 +77,7 @@ class FedSVD(_Averaging):
 
     kind: Literal["fedsvd"] = "fedsvd"
     trains: ClassVar[Trains] = "one"
+    takes_ranks: ClassVar[bool] = True
     turns_coordinates: ClassVar[bool] = True
 
 
@@ -77,4 +87,40 @@ class FedRot(_Averaging):
     kind: Literal["fedrot"] = "fedrot"
 
 
-Strategy = Annotated[FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot, Field(discriminator="kind")]
+class FLoRA(_Averaging):
+    """Stack all sites' factors into the base, and start each round anew (Wang et al. 2024, arXiv 2409.05976)."""
+
+    kind: Literal["flora"] = "flora"
+    is_linear: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
+    takes_ranks: ClassVar[bool] = True
+
+
+class FedEx(_Averaging):
+    """Average both factors, fold the exact residual into the base (Singhal et al. 2025, arXiv 2410.09432)."""
+
+    kind: Literal["fedex"] = "fedex"
+    is_linear: ClassVar[bool] = False
+    folds: ClassVar[bool] = True
+
+
+class FlexLoRA(_Averaging):
+    """The best rank-r approximation of the mean product (Bai et al. 2024, arXiv 2402.11505)."""
+
+    kind: Literal["flexlora"] = "flexlora"
+    is_linear: ClassVar[bool] = False
+    takes_ranks: ClassVar[bool] = True
+
+
+class HetLoRA(_Averaging):
+    """Pad lower ranks with zeros, weigh by the product's norm (Cho et al. 2024, arXiv 2401.06432)."""
+
+    kind: Literal["hetlora"] = "hetlora"
+    is_linear: ClassVar[bool] = False
+    takes_ranks: ClassVar[bool] = True
+
+
+Strategy = Annotated[
+    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLoRA | FedEx | FlexLoRA | HetLoRA,
+    Field(discriminator="kind"),
+]

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 import torch
 
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, corner
 from strategies.base import Contribution
 from strategies.lora.factors import LoraLayer, lora_layers
 from strategies.mean import WeightedMean
 
-__all__ = ["DRIFT", "Drift", "MeasuredMean"]
+__all__ = ["DRIFT", "Drift", "MeasuredMean", "trained_tensor"]
 
 DRIFT = "factor_drift"
 _DIRECTIONS = 4
@@ -39,7 +39,7 @@ class Drift:
     def accumulate(self, contribution: Contribution) -> None:
         """Fold the product of one site's factors."""
         for layer in self._layers:
-            after = {name: _after(contribution, self._adapter, name) for name in (layer.zero, layer.random)}
+            after = {name: trained_tensor(contribution, self._adapter, name) for name in (layer.zero, layer.random)}
             left, right = layer.read(after, torch.float32)
             seen = left @ (right @ self._directions[right.shape[1]])
             total = self._products.setdefault(layer.module, torch.zeros(seen.shape, dtype=torch.float64))
@@ -84,6 +84,7 @@ class MeasuredMean:
         return {DRIFT: self._drift.relative({name: self._adapter[name] + update[name] for name in update})}
 
 
-def _after(contribution: Contribution, adapter: NamedTensors, name: str) -> torch.Tensor:
-    """Return a site's tensor after training."""
-    return contribution.start.get(name, adapter[name]) + contribution.update[name]
+def trained_tensor(contribution: Contribution, adapter: NamedTensors, name: str) -> torch.Tensor:
+    """Return a site's tensor after training: what it started from is what it was sent, or a cut of the initial one."""
+    update = contribution.update[name]
+    return contribution.start.get(name, corner(adapter[name], update.shape)) + update

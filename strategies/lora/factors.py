@@ -16,9 +16,11 @@ from strategies.base import Names
 __all__ = [
     "RANDOM_FACTORS",
     "LoraLayer",
+    "cut",
     "is_random_factor",
     "is_zero_factor",
     "lora_layers",
+    "no_factors",
     "without_random_factors",
     "without_zero_factors",
 ]
@@ -62,6 +64,19 @@ def lora_layers(names: Names) -> tuple[LoraLayer, ...]:
     return tuple(found)
 
 
+def cut(tensors: NamedTensors, rank: int | None) -> dict[str, torch.Tensor]:
+    """Return the tensors with each factor cut to its first `rank` components; None, or more than there are: all."""
+    cuts: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if rank is not None and ("lora_A" in parts or "lora_embedding_A" in parts):
+            tensor = tensor[:rank]
+        elif rank is not None and ("lora_B" in parts or "lora_embedding_B" in parts):
+            tensor = tensor[:, :rank]
+        cuts[name] = tensor.contiguous()
+    return cuts
+
+
 def is_random_factor(name: str) -> bool:
     """Return whether a tensor is the factor that is drawn at random."""
     return any(part in RANDOM_FACTORS for part in name.split("."))
@@ -70,6 +85,11 @@ def is_random_factor(name: str) -> bool:
 def is_zero_factor(name: str) -> bool:
     """Return whether a tensor is the factor that starts at zero."""
     return any(part in _ZERO_FACTORS for part in name.split("."))
+
+
+def no_factors(names: Names, round_number: int) -> Names:
+    """Return the names of the tensors that are no LoRA factor, in every round."""
+    return frozenset(name for name in names if not is_random_factor(name) and not is_zero_factor(name))
 
 
 def without_random_factors(names: Names, round_number: int) -> Names:

@@ -18,7 +18,7 @@ def fedsvd() -> Strategy:
 
     With one common A the mean is exact, Σ pₖ BₖA = B̄A, and the step leaves that product as it is. A has orthonormal
     rows, also in round 1, so ‖∂ℓ/∂B‖ is at most ‖∂ℓ/∂z‖·‖x‖: clipping cuts less. Only B is noised; the SVD sees the
-    combined update alone and is post-processing.
+    combined update alone and is post-processing. A site of rank rₖ gets the best rank-rₖ part of the product.
     """
     return Strategy(
         is_linear=True,
@@ -27,6 +27,7 @@ def fedsvd() -> Strategy:
         trained=without_random_factors,
         uploaded=without_random_factors,
         downloaded=everything,
+        takes_ranks=True,
         initial=_turned,
     )
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["product_norm", "recompressed", "spectral", "truncated"]
+__all__ = ["product_norm", "spectral", "truncated"]
 
 _SAME = 1e-6
 """Relative to the largest singular value; what is nearer than float32 can tell counts as equal."""
@@ -31,28 +31,20 @@ def spectral(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, tor
     return left @ (right @ vectors.T), vectors
 
 
-def truncated(left: torch.Tensor, right: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best rank-`rank` approximation of left·right (Eckart and Young 1936), in the form of `spectral`."""
-    left, right = recompressed(left, right, rank)
-    missing = rank - len(right)
-    if missing > 0:
-        left = torch.cat([left, left.new_zeros(len(left), missing)], dim=1)
-        right = torch.cat([right, right.new_zeros(missing, right.shape[1])])
-    return left, right
+def truncated(left: torch.Tensor, right: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return factors (m x k) and (k x n) of the best approximation of left·right of rank `most` (Eckart, Young 1936).
 
-
-def recompressed(left: torch.Tensor, right: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors (m x k) and (k x n) of left·right with k <= `most`: exact where its rank is at most that.
-
-    k is at most min(m, n) and the given inner size; QR of both factors and an SVD of the small core.
+    k is at most `most`, m, n and the given inner size; with `most` = min(m, n) nothing is lost. The right factor has
+    orthonormal rows, by falling singular value, each with its largest coordinate positive. QR of both factors and an
+    SVD of the small core: the m x n product is never formed.
     """
     left_frame, left_core = torch.linalg.qr(left)
     right_frame, right_core = torch.linalg.qr(right.T)
     u, values, rows = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     kept = min(most, len(values))
-    signs = torch.sign(rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)))[:kept]
-    scaled = u[:, :kept] * values[:kept] * signs.T
-    return left_frame @ scaled, (rows[:kept] * signs) @ right_frame.T
+    rows = rows[:kept] @ right_frame.T
+    signs = _signs(rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)))
+    return left_frame @ (u[:, :kept] * values[:kept] * signs.T), rows * signs
 
 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from conf.schema.federation import LocalTraining
 from protocol.tensors import NamedTensors, add
 from strategies.base import Aggregator, Contribution, LocalStart, Strategy
 from strategies.build import STRATEGIES, build_strategy
+from strategies.lora.factors import cut
 
 VARIANTS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(schema.Strategy)[0])
 STRATEGIES_BUILT = [build_strategy(variant()) for variant in VARIANTS]  # type: ignore[call-arg, arg-type]
@@ -37,6 +38,7 @@ SHAPES = {
     }.items()
 }
 NAMES = frozenset(SHAPES)
+FACTORS = [name for name in SHAPES if any(part in name for part in ("lora_A", "lora_B", "lora_embedding"))]
 
 
 def random_tensors(seed: int, names: frozenset[str] = NAMES) -> dict[str, torch.Tensor]:
@@ -54,16 +56,23 @@ def adapter_of(strategy: Strategy) -> NamedTensors:
 
 
 def effect(adapter: NamedTensors) -> dict[str, torch.Tensor]:
-    """The dense ΔW of every layer in float64, and every tensor that is no factor."""
+    """The dense ΔW of every layer in float64, with what was folded into it, and every tensor that is no factor."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in adapter.items():
         if ".lora_B." in name:
             found[name] = tensor.double() @ adapter[name.replace("lora_B", "lora_A")].double()
+            found[name] += offset(adapter, name.partition(".lora_B")[0], found[name])
         elif name.endswith("lora_embedding_B"):
             found[name] = tensor.double() @ adapter[name.replace("embedding_B", "embedding_A")].double()
-        elif "lora_A" not in name and not name.endswith("lora_embedding_A"):
+            found[name] += offset(adapter, name.partition(".lora_embedding_B")[0], found[name].T).T
+        elif "lora_A" not in name and "lora_offset" not in name and not name.endswith("lora_embedding_A"):
             found[name] = tensor.double()
     return found
+
+
+def offset(adapter: NamedTensors, module: str, like: torch.Tensor) -> torch.Tensor:
+    left, right = (adapter.get(f"{module}.lora_offset_{side}") for side in ("left", "right"))
+    return torch.zeros_like(like) if left is None or right is None else left.double() @ right.double()
 
 
 def fresh(strategy: Strategy) -> Aggregator:
@@ -101,7 +110,7 @@ def assert_same_effect(left: NamedTensors, right: NamedTensors) -> None:
 
 
 def test_there_are_strategies_and_each_variant_is_built() -> None:
-    assert len(VARIANTS) >= 6
+    assert len(VARIANTS) >= 10
     assert set(VARIANTS) == set(STRATEGIES)
     assert all(build_strategy(variant()) is not build_strategy(variant()) for variant in VARIANTS)  # type: ignore[call-arg, arg-type]
 
@@ -111,6 +120,7 @@ def test_the_schema_tells_the_truth_about_the_algorithm(variant: type[BaseModel]
     """The support matrix decides before anything is built."""
     config, strategy = variant(), build_strategy(variant())  # type: ignore[arg-type]
     assert config.is_linear == strategy.is_linear  # type: ignore[attr-defined]
+    assert config.takes_ranks == strategy.takes_ranks  # type: ignore[attr-defined]
     first, second = (
         {"both" if name.replace(".lora_B.", ".lora_A.") in trained else "one" for name in trained if ".lora_B." in name}
         or {"other"}
@@ -301,3 +311,27 @@ def local_start(
         local=LocalTraining(),
         learning_rate=1.0,
     )
+
+
+@every_strategy
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_site_of_lower_rank_gets_a_cut_and_its_update_counts(strategy: Strategy, rank: int) -> None:
+    if not strategy.takes_ranks:
+        pytest.skip("makes no such promise")
+    adapter, names = adapter_of(strategy), strategy.uploaded(NAMES, 1)
+    state = strategy.server.init(adapter)
+    sent = strategy.server.download(adapter, state, strategy.downloaded(NAMES, 1), rank)
+    start = {**cut(adapter, rank), **sent}
+    assert all(max(start[name].shape) == max(SHAPES[name]) and rank in start[name].shape for name in FACTORS)
+    low = Contribution({name: torch.ones_like(start[name]) for name in names}, 1.0, sent)
+    high = contribution(strategy, random_tensors(3, names), 2.0)
+    afters: list[NamedTensors] = []
+    for order in ((low, high), (high, low)):
+        aggregator = strategy.server.aggregator(adapter, state)
+        for each in order:
+            aggregator.accumulate(each)
+        afters.append(strategy.server.step(adapter, aggregator.result(), state)[0])
+    assert_same_effect(*afters)
+    alone = stepped(strategy, combined(strategy, [random_tensors(3, names)], [2.0]))
+    moved, others = effect(afters[0]), effect(alone)
+    assert all(not torch.allclose(moved[name], others[name], atol=1e-3) for name in moved if "magnitude" not in name)

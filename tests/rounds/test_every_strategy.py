@@ -51,7 +51,24 @@ def test_it_trains_and_exports(kind: str, tmp_path: Path) -> None:
     assert loss_of_export(done) == pytest.approx(final_loss(summary), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fedsvd", "rolora", "fedsa", "fedrot"])
+@pytest.mark.parametrize("kind", ["ffa_lora", "fedsvd", "flora", "flexlora", "hetlora"])
+def test_sites_of_different_ranks_train_together(kind: str, tmp_path: Path) -> None:
+    done = run(tmp_path / "run", f"strategy={kind}", "privacy=none", "federation.site_ranks=[4,1]")
+    sites = list(done.summary["sites"].values())
+    assert [site["accepted"] for site in sites] == [2, 2]
+    assert sites[1]["bytes"]["up"] < 0.5 * sites[0]["bytes"]["up"], "a quarter of the values, and names"
+    assert done.summary["final"]["value"] < done.summary["final"]["base"]
+    assert loss_of_export(done) == pytest.approx(final_loss(done.summary), rel=1e-5)
+
+
+def test_ranks_mix_under_client_level_privacy(tmp_path: Path) -> None:
+    noise = ("privacy=client_level", "privacy.target_epsilon=null", "privacy.noise_multiplier=1.0")
+    mixed = ("strategy=fedsvd", "federation.site_ranks=[4,1]", "evaluation.every=0", "privacy.insecure_seed=1")
+    done = run(tmp_path / "run", *mixed, *noise)
+    assert [site["accepted"] for site in done.summary["sites"].values()] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["fedsvd", "rolora", "fedsa", "fedrot", "flora", "fedex", "flexlora"])
 def test_it_trains_privately(kind: str, tmp_path: Path) -> None:
     done = run(tmp_path / "run", f"strategy={kind}", "evaluation.every=0", "privacy.insecure_seed=1")
     assert done.summary["status"] == "finished"
