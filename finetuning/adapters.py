@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.schema.model import LoRA
 from conf.schema.task import Task
+from finetuning.cores import Cores, put_cores, renamed, reset_cores
 from finetuning.models import FrozenBase
 from finetuning.offsets import FrozenOffsets
 from protocol.errors import ModelError
@@ -60,7 +61,7 @@ class AdaptedModel:
 
     def mount(self) -> None:
         """Put this adapter's layers into the base network, which several adapters of different ranks may share."""
-        attached: dict[LoRA, AdaptedModel] = getattr(self.base.network, _ATTACHED)
+        attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(self.base.network, _ATTACHED)
         for other in attached.values():
             if other is not self:
                 other.unmount()
@@ -126,25 +127,34 @@ class AdaptedModel:
         return {name: parameter for name, parameter in self.parameters.items() if name in names}
 
 
-def attach(base: FrozenBase, config: LoRA, task: Task) -> AdaptedModel:
+def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> AdaptedModel:
     """Return the base with an adapter attached; a second call with the same configuration returns the same object.
 
     A base keeps adapters that differ in nothing but their rank, one of them mounted: simulated sites of different ranks
     and the server take turns.
 
+    Args:
+        base: shared by all that train on it.
+        config: the adapter's.
+        task: decides on a head.
+        cores: square cores between the factors of every layer; 0: none.
+
     Raises:
         ModelError: an unknown or unsuitable target module, or a rank above a target layer's size.
     """
-    attached: dict[LoRA, AdaptedModel] = getattr(base.network, _ATTACHED, {})
+    attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(base.network, _ATTACHED, {})
     for other in attached.values():
         other.unmount()
     base.network.__dict__.pop("peft_config", None)
-    if config in attached:
-        attached[config].mount()
-        return attached[config]
-    attached = {other: each for other, each in attached.items() if _but_for_rank(other) == _but_for_rank(config)}
+    if (config, cores) in attached:
+        attached[config, cores].mount()
+        return attached[config, cores]
+    kept = _but_for_rank(config)
+    attached = {key: each for key, each in attached.items() if _but_for_rank(each.config) == kept}
     network = get_peft_model(base.network, _peft_config(base, config, task), adapter_name=_ADAPTER)
     _keep_head_in_float32(network)
+    if cores:
+        put_cores(base.network, cores)
     parameters = _named_parameters(network)
     magnitudes = {name: each.detach().clone() for name, each in parameters.items() if _MAGNITUDE in name}
     modules: dict[str, Any] = {
@@ -154,7 +164,7 @@ def attach(base: FrozenBase, config: LoRA, task: Task) -> AdaptedModel:
     }
     offsets = FrozenOffsets({f"base_model.model.{n}": m for n, m in modules.items() if isinstance(m, LoraLayer)})
     adapted = AdaptedModel(base, network, parameters, magnitudes, config, modules, offsets)
-    attached[config] = adapted
+    attached[config, cores] = adapted
     setattr(base.network, _ATTACHED, attached)
     _log.info(
         "adapter: %d tensors, %d values", len(adapted.parameters), sum(p.numel() for p in adapted.parameters.values())
@@ -270,7 +280,8 @@ def _named_parameters(network: PeftModel) -> dict[str, nn.Parameter]:
     """Map PEFT's state-dict names to the parameters behind them. Both share storage, which is what identifies them."""
     by_storage = {parameter.data_ptr(): parameter for parameter in network.parameters()}
     state = get_peft_model_state_dict(network, adapter_name=_ADAPTER, save_embedding_layers=False)
-    return {name: by_storage[tensor.data_ptr()] for name, tensor in sorted(state.items())}
+    named = {renamed(name): by_storage[tensor.data_ptr()] for name, tensor in state.items()}
+    return dict(sorted(named.items()))
 
 
 def _reset_on_cpu(module: LoraLayer, rank: int) -> None:
@@ -279,6 +290,11 @@ def _reset_on_cpu(module: LoraLayer, rank: int) -> None:
     PEFT draws A of a linear layer by Kaiming's rule (a = √5) and B of an embedding from N(0, 1); the others are zero.
     """
     layer: Any = module
+    if _ADAPTER in layer.lora_B and isinstance(layer.lora_B[_ADAPTER], Cores):
+        values = nn.init.kaiming_uniform_(torch.empty(rank, layer.lora_A[_ADAPTER].weight.shape[1]), a=math.sqrt(5))
+        layer.lora_A[_ADAPTER].weight.copy_(corner(values, layer.lora_A[_ADAPTER].weight.shape))
+        reset_cores(layer.lora_B[_ADAPTER], rank)
+        return
     if _ADAPTER in layer.lora_A:
         drawn, zero = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
         values = nn.init.kaiming_uniform_(torch.empty(rank, drawn.shape[1]), a=math.sqrt(5))

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetuning.adapters import AdaptedModel
 from finetuning.checkpoints import save_tensors, write_atomically
+from finetuning.cores import without_cores
 from finetuning.offsets import without_offsets
 from protocol.tensors import NamedTensors
 
@@ -24,7 +25,7 @@ def export_adapter(folder: Path, adapted: AdaptedModel, tensors: NamedTensors, *
         base: written as the base model's name: a folder or a hub id that others can resolve.
         card: the README's text.
     """
-    tensors, plain = without_offsets(tensors, adapted.config)
+    tensors, plain = without_offsets(without_cores(tensors), adapted.config)
     config: Any = copy.deepcopy(adapted.network.peft_config["default"])
     config.r, config.lora_alpha = plain.rank, plain.alpha
     config.base_model_name_or_path = base

@@ -39,7 +39,11 @@ def trained_values(model: Model, peft: LoRA, strategy: Strategy, task: Task) -> 
     total = _head(config, task)
     for name, (outputs, inputs) in _targets(shapes, config, peft).items():
         # Of an embedding, PEFT's factor of zeros is the one over the vocabulary: `outputs` here, as for a linear layer.
-        total += peft.rank * (outputs + inputs if strategy.trains == "both" else outputs)
+        if strategy.cores:
+            # A lone core has no use for a scale of its own.
+            total += peft.rank**2 // strategy.cores + (strategy.cores if strategy.kind == "ravan" else 0)
+        else:
+            total += peft.rank * (outputs + inputs if strategy.trains == "both" else outputs)
         if peft.dora:
             total += inputs if _is_embedding(name) else outputs
     return total

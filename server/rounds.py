@@ -163,7 +163,8 @@ def _assignments(
 
 def _rank(member: Member, plan: ClientPlan) -> int | None:
     """Return the rank that a site trains where it is below the plan's."""
-    return None if member.rank is None or member.rank >= plan.peft.rank else member.rank
+    rank = plan.strategy.rank_within(plan.peft.rank, member.rank)
+    return None if rank == plan.peft.rank else rank
 
 
 def _assignment(

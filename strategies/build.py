@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from conf.schema import strategy as schema
 from strategies.base import Strategy
+from strategies.lora.cores import fedsb, ravan
 from strategies.lora.fedex import fedex
 from strategies.lora.fedit import fedit
 from strategies.lora.fedrot import fedrot
@@ -30,6 +31,8 @@ STRATEGIES: dict[type[schema.Strategy], Callable[[], Strategy]] = {
     schema.FedEx: fedex,
     schema.FlexLoRA: flexlora,
     schema.HetLoRA: hetlora,
+    schema.FedSB: fedsb,
+    schema.Ravan: ravan,
 }
 
 

@@ -96,10 +96,20 @@ def one_factor_needs_no_dora(experiment: Experiment) -> str | None:
     strategy = experiment.strategy
     if strategy.trains == "both" or not experiment.peft.dora:
         return None
+    if strategy.trains == "cores":
+        return f"strategy={strategy.kind} trains cores between the factors, which DoRA cannot norm; use peft.dora=false"
     return (
         f"strategy={strategy.kind} trains one factor at a time, peft.dora=true adds a magnitude; use strategy=fedit or "
         "peft.dora=false"
     )
+
+
+def heads_divide_the_rank(experiment: Experiment) -> str | None:
+    """Every core is as large as the others."""
+    cores, rank = experiment.strategy.cores, experiment.peft.rank
+    if cores == 0 or rank % cores == 0:
+        return None
+    return f"strategy.heads={cores} does not divide peft.rank={rank}; use a rank of {cores * max(1, rank // cores)}"
 
 
 def folding_needs_no_dora(experiment: Experiment) -> str | None:
@@ -232,6 +242,7 @@ RULES: tuple[Rule, ...] = (
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
     Rule(one_factor_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(heads_divide_the_rank, frozenset({"strategy", "peft"})),
     Rule(folding_needs_no_dora, frozenset({"strategy", "peft"})),
     Rule(site_ranks_need_a_strategy, frozenset({"federation", "strategy", "peft"})),
     Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),

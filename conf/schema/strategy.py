@@ -12,10 +12,12 @@ __all__ = [
     "FedEx",
     "FedIT",
     "FedRot",
+    "FedSB",
     "FedSALoRA",
     "FedSVD",
     "FlexLoRA",
     "HetLoRA",
+    "Ravan",
     "RoLoRA",
     "Strategy",
     "Trains",
@@ -23,8 +25,9 @@ __all__ = [
 ]
 
 Weights = Literal["uniform", "published_records"]
-Trains = Literal["both", "one", "alternating"]
-"""Of each LoRA layer: both factors, the one that starts at zero, or one in odd rounds and the other in even ones."""
+Trains = Literal["both", "one", "alternating", "cores"]
+"""Of each LoRA layer: both factors, the one that starts at zero, one in odd rounds and the other in even ones, or none
+but square cores between them."""
 
 
 class _Averaging(Frozen):
@@ -37,6 +40,19 @@ class _Averaging(Frozen):
     """Whether what rank r cannot hold is folded into the base."""
     takes_ranks: ClassVar[bool] = False
     """Whether sites may train at lower ranks than the plan's."""
+
+    @property
+    def cores(self) -> int:
+        """The square cores between the factors of each layer; 0: a plain adapter."""
+        return 0
+
+    def cores_at(self, rank: int, whole: int) -> int:
+        """Return the cores of a site that takes part at `rank` of a plan of rank `whole`."""
+        return self.cores if self.cores <= 1 else self.cores * rank // whole
+
+    def rank_within(self, rank: int, limit: int | None) -> int:
+        """Return the rank at which a site takes part in a plan of `rank`: at most its `limit`; 0 where none fits."""
+        return rank if limit is None else min(rank, limit)
 
     weights: Weights = Field(
         default="uniform",
@@ -120,7 +136,40 @@ class HetLoRA(_Averaging):
     takes_ranks: ClassVar[bool] = True
 
 
+class FedSB(_Averaging):
+    """Train one r x r core between frozen factors (Singhal et al. 2025, arXiv 2502.15436), drawn from the seed."""
+
+    kind: Literal["fedsb"] = "fedsb"
+    trains: ClassVar[Trains] = "cores"
+    takes_ranks: ClassVar[bool] = True
+
+    @property
+    def cores(self) -> int:
+        """One."""
+        return 1
+
+
+class Ravan(_Averaging):
+    """Train several cores with a scale each (Raje et al. 2025, arXiv 2506.05568) between factors from the seed."""
+
+    kind: Literal["ravan"] = "ravan"
+    trains: ClassVar[Trains] = "cores"
+    takes_ranks: ClassVar[bool] = True
+
+    heads: int = Field(default=4, ge=1, le=256, description="cores per layer; each has rank peft.rank / heads")
+
+    @property
+    def cores(self) -> int:
+        """The heads."""
+        return self.heads
+
+    def rank_within(self, rank: int, limit: int | None) -> int:
+        """Return the rank of the heads that fit."""
+        width = rank // self.heads
+        return rank if limit is None else min(rank, limit // width * width)
+
+
 Strategy = Annotated[
-    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLoRA | FedEx | FlexLoRA | HetLoRA,
+    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLoRA | FedEx | FlexLoRA | HetLoRA | FedSB | Ravan,
     Field(discriminator="kind"),
 ]

@@ -69,12 +69,24 @@ def cut(tensors: NamedTensors, rank: int | None) -> dict[str, torch.Tensor]:
     cuts: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
-        if rank is not None and ("lora_A" in parts or "lora_embedding_A" in parts):
+        if rank is not None and "lora_core" in parts:
+            heads, width, _ = tensor.shape
+            # One core is cut to its leading block; of several the first are kept.
+            tensor = tensor[:, :rank, :rank] if heads == 1 else tensor[: rank // width]
+        elif rank is not None and "lora_core_scale" in parts and len(tensor) > 1:
+            tensor = tensor[: rank * len(tensor) // _rank_of(name, tensors)]
+        elif rank is not None and ("lora_A" in parts or "lora_embedding_A" in parts):
             tensor = tensor[:rank]
         elif rank is not None and ("lora_B" in parts or "lora_embedding_B" in parts):
             tensor = tensor[:, :rank]
         cuts[name] = tensor.contiguous()
     return cuts
+
+
+def _rank_of(scale: str, tensors: NamedTensors) -> int:
+    """Return the rank of the cores that a scale belongs to."""
+    heads, width, _ = tensors[scale.removesuffix("_scale")].shape
+    return heads * width
 
 
 def is_random_factor(name: str) -> bool:
