@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.schema.model import LoRA
 from conf.schema.task import Task
-from finetuning.cores import Cores, put_cores, renamed, reset_cores
+from finetuning.cores import Cores, check_cores, put_cores, renamed, reset_cores
 from finetuning.models import FrozenBase
 from finetuning.offsets import FrozenOffsets
 from protocol.errors import ModelError
@@ -53,6 +53,8 @@ class AdaptedModel:
     modules: Mapping[str, nn.Module]
     """What stands in the base network where adapted layers were, by their names there."""
     offsets: FrozenOffsets
+    checked: dict[Hashable, str | None] = field(default_factory=lambda: dict[Hashable, str | None]())
+    """What dry runs of this network found, for as long as the adapter is attached."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -151,7 +153,7 @@ def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> Adapte
         return attached[config, cores]
     kept = _but_for_rank(config)
     attached = {key: each for key, each in attached.items() if _but_for_rank(each.config) == kept}
-    network = get_peft_model(base.network, _peft_config(base, config, task), adapter_name=_ADAPTER)
+    network = get_peft_model(base.network, _peft_config(base, config, task, cores), adapter_name=_ADAPTER)
     _keep_head_in_float32(network)
     if cores:
         put_cores(base.network, cores)
@@ -181,7 +183,7 @@ def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()  # type: ignore[operator]
 
 
-def _peft_config(base: FrozenBase, config: LoRA, task: Task) -> LoraConfig:
+def _peft_config(base: FrozenBase, config: LoRA, task: Task, cores: int) -> LoraConfig:
     network = base.network
     classifies = task.kind == "classification"
     whole = _trained_whole(base) if classifies else []
@@ -190,6 +192,8 @@ def _peft_config(base: FrozenBase, config: LoRA, task: Task) -> LoraConfig:
     modules = dict(network.named_modules())
     for name in targets:
         _check_rank(name, modules[name], config.rank)
+        if cores:
+            check_cores(name, modules[name], config.rank, cores)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it

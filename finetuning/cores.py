@@ -15,7 +15,7 @@ from torch import nn
 from protocol.errors import ModelError
 from protocol.tensors import NamedTensors
 
-__all__ = ["CORE", "Cores", "put_cores", "renamed", "reset_cores", "without_cores"]
+__all__ = ["CORE", "Cores", "check_cores", "put_cores", "renamed", "reset_cores", "without_cores"]
 
 CORE, _SCALE = "lora_core", "lora_core_scale"
 _ADAPTER = "default"
@@ -56,22 +56,24 @@ class Cores(nn.Module):
         return self.up(self.core(z))
 
 
-def put_cores(network: nn.Module, heads: int) -> None:
-    """Put cores into every LoRA layer of a network.
+def check_cores(name: str, module: nn.Module, rank: int, heads: int) -> None:
+    """Check that a target module can have cores.
 
     Raises:
-        ModelError: an adapted embedding, or a rank that the heads do not divide.
+        ModelError: an embedding, or a rank that the heads do not divide.
     """
-    for name, module in list(network.named_modules()):
-        if not isinstance(module, LoraLayer):
-            continue
-        layer: Any = module
-        if _ADAPTER not in layer.lora_B:
-            raise ModelError(f"{name} is an embedding, which takes no square cores; leave it out of peft.targets")
-        up = layer.lora_B[_ADAPTER]
-        if up.in_features % heads:
-            raise ModelError(f"rank {up.in_features} is not divisible by strategy.heads={heads}")
-        layer.lora_B[_ADAPTER] = Cores(up, heads)
+    if isinstance(module, nn.Embedding):
+        raise ModelError(f"{name} is an embedding, which takes no square cores; leave it out of peft.targets")
+    if rank % heads:
+        raise ModelError(f"rank {rank} is not divisible by strategy.heads={heads}")
+
+
+def put_cores(network: nn.Module, heads: int) -> None:
+    """Put cores into every LoRA layer of a network."""
+    for module in list(network.modules()):
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            layer.lora_B[_ADAPTER] = Cores(layer.lora_B[_ADAPTER], heads)
 
 
 def reset_cores(cores: Cores, rank: int) -> None:
@@ -90,9 +92,9 @@ def reset_cores(cores: Cores, rank: int) -> None:
 def renamed(name: str) -> str:
     """Return the adapter's name of a tensor, from PEFT's."""
     for theirs, ours in (
-        (".lora_B.up.", ".lora_B."),
-        (".lora_B.core.weight", f".{CORE}"),
-        (".lora_B.core.scale", f".{_SCALE}"),
+        (f".lora_B.{_ADAPTER}.up.", ".lora_B."),
+        (f".lora_B.{_ADAPTER}.core.weight", f".{CORE}"),
+        (f".lora_B.{_ADAPTER}.core.scale", f".{_SCALE}"),
     ):
         name = name.replace(theirs, ours)
     return name

@@ -39,19 +39,28 @@ class Population:
     parts: Mapping[str, Sequence[Row]]
     heldout: Sequence[Row]
 
-    def sites(self, experiment: Experiment, state: Path) -> dict[str, Site]:
-        """Return a site per part, in the order of their names, each with its own state directory under `state`."""
+    def sites(
+        self, experiment: Experiment, state: Path, budgets: Mapping[str, SiteBudget] | None = None
+    ) -> dict[str, Site]:
+        """Return a site per part, in the order of their names, each with its own state directory under `state`.
+
+        `budgets` are those of a sweep, by site; without them a site's budget is what the experiment says.
+        """
+        given = {} if isinstance(local_privacy(experiment.privacy), NoPrivacy) else budgets or {}
         return {
             name: Site(
-                site_file(
-                    experiment,
-                    name,
-                    len(rows),
-                    state / name,
-                    users_of(rows, experiment.data.user_column),
-                    max_rank=_rank_of(experiment, position),
+                _with_budget(
+                    _ranked(
+                        site_file(
+                            experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)
+                        ),
+                        experiment,
+                        position,
+                    ),
+                    given.get(name),
                 ),
                 rows=_given(rows),
+                simulated=True,
             )
             for position, (name, rows) in enumerate(self.parts.items())
         }
@@ -67,14 +76,7 @@ def build_population(experiment: Experiment) -> Population:
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
 
 
-def site_file(
-    experiment: Experiment,
-    name: str,
-    records: int,
-    state: Path,
-    users: int | None = None,
-    max_rank: int | None = None,
-) -> SiteFile:
+def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
     """Return the site file of a simulated site. Its policy agrees to whatever the simulation's owner configured."""
     published, published_users = published_count(records), None if users is None else published_count(users)
     privacy = local_privacy(experiment.privacy)
@@ -86,7 +88,6 @@ def site_file(
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
             allow_no_privacy=True,
-            allow_insecure_seed=True,
             trust_server_noise=True,
             release_training_loss=experiment.federation.release_training_loss,
         ),
@@ -94,17 +95,18 @@ def site_file(
             device=experiment.runtime.device,
             threads=experiment.runtime.threads,
             micro_batch_tokens=experiment.runtime.micro_batch_tokens,
+            gradient_checkpointing=experiment.runtime.gradient_checkpointing,
         ),
         model_path=experiment.model.path,
         task=experiment.task,
-        max_rank=max_rank,
         state_directory=str(state),
     )
 
 
-def _rank_of(experiment: Experiment, position: int) -> int | None:
+def _ranked(file: SiteFile, experiment: Experiment, position: int) -> SiteFile:
+    """Return the file of the site at `position` with its rank of `federation.site_ranks`."""
     ranks = experiment.federation.site_ranks
-    return None if ranks is None else ranks[position % len(ranks)]
+    return file if ranks is None else file.model_copy(update={"max_rank": ranks[position % len(ranks)]})
 
 
 def _budget(
@@ -123,6 +125,10 @@ def _budget(
         )
         epsilon = plan.epsilon([plan.whole_run])
     return SiteBudget(unit=unit, epsilon=epsilon, delta=delta)
+
+
+def _with_budget(file: SiteFile, budget: SiteBudget | None) -> SiteFile:
+    return file if budget is None else file.model_copy(update={"budget": budget})
 
 
 def simulated_site(context: Context) -> Site:

@@ -1,6 +1,6 @@
 """Square cores of LoRA: y = blockdiag(c₁H₁, …, c_hH_h) z, with H of shape (h, d, d) and c of shape (h).
 
-For one example dHᵢ = cᵢ Σₜ gₜᵢ zₜᵢᵀ and dcᵢ = Σₜ gₜᵢ · Hᵢzₜᵢ: autograd's gradients of the example's own view of H and c.
+For one example dHᵢ = cᵢ Σₜ gₜᵢ zₜᵢᵀ and dcᵢ = Σₜ gₜᵢ · Hᵢzₜᵢ: the gradients of the example's own view of H and c.
 """
 
 from __future__ import annotations
