@@ -25,8 +25,9 @@ from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
 from server.run_directory import RunDirectory
-from strategies.base import ServerState, Strategy
+from strategies.base import Names, ServerState, Strategy
 from strategies.build import build_strategy
+from strategies.lora.factors import cut
 
 __all__ = ["Outcome", "run_federation"]
 
@@ -46,6 +47,8 @@ class _Run:
     experiment: Experiment
     plan: ClientPlan
     base_digest: str
+    names: Names
+    """Of the adapter's own tensors; a strategy may fold others into it."""
     strategy: Strategy
     protection: Protection
     downlink: Downlink
@@ -85,19 +88,30 @@ def run_federation(
     """
     began = clock()
     federation = experiment.federation
-    adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
     checkpoint = directory.newest_checkpoint()
     members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
     downlink = downlink_for(experiment.quantization, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, downlink, members, timeout_s, pullers)
+    adapter = strategy.initial(evaluator.initial_adapter(experiment.seed))
+    run = _Run(
+        experiment,
+        plan,
+        evaluator.base_digest,
+        frozenset(adapter),
+        strategy,
+        protection,
+        downlink,
+        members,
+        timeout_s,
+        pullers,
+    )
     observe = protection.observer(observe)
     with closing(protection):
         names = tuple(member.site for member in members)
         if checkpoint is None:
-            values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+            values = sum(adapter[name].numel() for name in strategy.trained(run.names, 1))
             observe(RunStarted(directory.run, federation.rounds, names, values))
             progress = _Progress(
                 adapter, strategy.server.init(adapter), _evaluate(evaluator, adapter, 0, experiment, observe), {}
@@ -186,7 +200,7 @@ def _assignments(
     run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
     """Return each site's work; sites of one rank that are told the same, in full or as a change, share it."""
-    asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
+    asked = {member.site: (_rank(member, run.plan), progress.unused.get(member.site, ())) for member in cohort}
     by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
     short = {kind: _shortened(run, assignment) for kind, assignment in by_kind.items()}
     holds = run.downlink.holds_last
@@ -198,14 +212,20 @@ def _shortened(run: _Run, full: Assignment) -> Assignment:
     return full if instruction is None else replace(full, instruction=instruction)
 
 
+def _rank(member: Member, plan: ClientPlan) -> int | None:
+    """Return the rank that a site trains where it is below the plan's."""
+    rank = plan.strategy.rank_within(plan.peft.rank, member.rank)
+    return None if rank == plan.peft.rank else rank
+
+
 def _assignment(
     run: _Run, round_number: int, progress: _Progress, rank: int | None, unused: tuple[int, ...]
 ) -> Assignment:
     adapter = progress.adapter
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
-    names = run.strategy.downloaded(frozenset(adapter), round_number)
+    names = run.strategy.downloaded(run.names, round_number)
     sent = run.strategy.server.download(adapter, progress.state, names, rank)
-    start = {**adapter, **sent}
+    start = {**cut(adapter, rank), **sent}
     header = InstructionHeader(
         round=round_number,
         plan=run.plan,
@@ -221,7 +241,7 @@ def _assignment(
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:
     """Return the layout of a valid update from `start`."""
-    names = run.strategy.uploaded(frozenset(start), round_number)
+    names = run.strategy.uploaded(run.names, round_number)
     return layout_of({name: start[name] for name in sorted(names)})
 
 
