@@ -133,14 +133,14 @@ def _grid(
         Console(highlight=False).print(reason, soft_wrap=True)
     return Grid(
         sets=chosen,
-        epsilons=_numbers("--epsilons", epsilons),
+        epsilons=_positive("--epsilons", epsilons),
         partitions=partitions.split(","),
-        sites=[int(each) for each in _numbers("--sites", sites)],
-        seeds=[int(each) for each in _numbers("--seeds", seeds)],
+        sites=_counts("--sites", sites, least=1),
+        seeds=_counts("--seeds", seeds, least=0),
         rounds=rounds,
         steps=steps,
         records=records,
-        rate_factors=_numbers("--rates", rates),
+        rate_factors=_positive("--rates", rates),
         overrides=overrides or [],
     )
 
@@ -150,6 +150,20 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"{option}={text} holds something that is no number; write 1,3,8") from error
+
+
+def _positive(option: str, text: str) -> list[float]:
+    values = _numbers(option, text)
+    if not all(each > 0 for each in values):
+        raise typer.BadParameter(f"{option}={text} must be above 0; write 1,3,8")
+    return values
+
+
+def _counts(option: str, text: str, *, least: int) -> list[int]:
+    counts = _numbers(option, text)
+    if not all(each.is_integer() and each >= least for each in counts):
+        raise typer.BadParameter(f"{option}={text} must be whole numbers of at least {least}; write 8,50")
+    return [int(each) for each in counts]
 
 
 def _run(study: str, cells: Sequence[Cell], out: Path, workers: int) -> None:
