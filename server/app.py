@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from flwr.superlink.grid import InMemoryGrid
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
+from protocol.errors import ConfigError
 from server.evaluation import build_evaluator
 from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
 from server.rounds import Outcome, run_federation
@@ -90,18 +93,42 @@ def _on_flowers_engine(grid: Grid, launch: Launch) -> Launch:
 def launch_from_context(context: Context) -> Launch:
     """Return the launch that Flower's run config describes: `experiment` (JSON), or `overrides` as on the command line.
 
+    `digest` is the SHA-256 of `experiment`, `run` names the run directory; both are optional.
+
     Raises:
+        ConfigError: the experiment does not have its digest, `run` is no plain name, or `resume` is given.
         InvalidConfiguration: naming every problem.
     """
     from conf.compose import compose_experiment, parse_experiment
 
-    stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
-    experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
+    given = {key: str(value) for key, value in context.run_config.items()}
+    stored = given.get("experiment", "")
+    _check_digest(stored, given.get("digest", ""))
+    if given.get("resume"):
+        raise ConfigError(f"resume={given['resume']}: this release cannot go on with a run; start a new one")
+    experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(given.get("overrides", "")))
     home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
-    path = new_run_path(experiment, home / "runs", datetime.now(UTC))
+    path = _named_run_path(given.get("run", ""), home / "runs") or new_run_path(
+        experiment, home / "runs", datetime.now(UTC)
+    )
     _log_to_terminal()
     _log.info("run directory: %s", path)
     return Launch(experiment, path, observers=(_log_event,))
+
+
+def _check_digest(stored: str, digest: str) -> None:
+    found = hashlib.sha256(stored.encode()).hexdigest()
+    if digest and digest != found:
+        raise ConfigError(
+            f"the experiment that arrived has SHA-256 {found[:12]}, the one that was submitted {digest[:12]}; "
+            "submit it again with cloister run"
+        )
+
+
+def _named_run_path(run: str, parent: Path) -> Path | None:
+    if run and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", run):
+        raise ConfigError(f"run={run!r} is no plain name of a run directory; use letters, digits, . _ -")
+    return parent / run if run else None
 
 
 def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:
