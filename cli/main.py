@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import config, data, doctor, ledger, plan, simulate, study
+from cli import config, data, doctor, ledger, plan, simulate, site, study
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app.command("config")(config.config_command)
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(site.app, name="site")
 
 
 def main() -> None:
