@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import config, data, doctor, ledger, plan, run, runs, server, simulate, study
+from cli import config, data, doctor, ledger, plan, run, runs, server, simulate, site, study
 
 __all__ = ["app", "main"]
 
@@ -31,6 +31,7 @@ app.add_typer(server.app, name="server")
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(site.app, name="site")
 
 
 def main() -> None:

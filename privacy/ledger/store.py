@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ from sqlalchemy.pool import NullPool
 
 from privacy.identity import DataIdentity
 from privacy.ledger.chain import Entry
-from protocol.errors import PrivacyError
+from protocol.errors import LedgerUnusable, PrivacyError
 
 __all__ = ["Snapshot", "Store", "Transaction"]
 
@@ -110,7 +111,7 @@ class Store:
             create: make what is missing; otherwise it is an error.
 
         Raises:
-            PrivacyError: it cannot be reached, or holds something else.
+            PrivacyError: it cannot be reached (`LedgerUnusable`), or holds something else.
         """
         url = _url(location)
         self.name = url.render_as_string(hide_password=True) if _is_postgres(url) else str(url.database)
@@ -123,20 +124,24 @@ class Store:
                     _metadata.create_all(connection)
             with self._connected_for_reading() as connection:
                 _check_layout(connection, self.name)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.Error) as error:
             self._engine.dispose()
-            raise PrivacyError(f"the ledger at {self.name} cannot be opened: {_reason(error)}") from error
+            raise LedgerUnusable(f"the ledger at {self.name} cannot be opened: {_reason(error)}") from error
 
     @contextmanager
     def writing(self) -> Generator[Transaction, None, None]:
-        """Hold the ledger alone: what is read stays true until the end, and then what was added is on disk."""
-        with self._engine.begin() as connection:
+        """Hold the ledger alone: what is read stays true until the end, and then what was added is on disk.
+
+        Raises:
+            LedgerUnusable: the database failed; nothing was added.
+        """
+        with self._told(), self._engine.begin() as connection:
             yield Transaction(connection)
 
     @contextmanager
     def reading(self) -> Generator[Transaction, None, None]:
         """See one state of the ledger, without keeping anybody from writing."""
-        with self._connected_for_reading() as connection:
+        with self._told(), self._connected_for_reading() as connection:
             yield Transaction(connection)
 
     def snapshot(self) -> Snapshot:
@@ -148,6 +153,14 @@ class Store:
     def close(self) -> None:
         """Release the database."""
         self._engine.dispose()
+
+    @contextmanager
+    def _told(self) -> Generator[None, None, None]:
+        """Raise the database's own errors as `LedgerUnusable`: damaged, locked for a minute, or the disk is full."""
+        try:
+            yield
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            raise LedgerUnusable(f"the ledger at {self.name} cannot be used: {_reason(error)}") from error
 
     def _connected_for_reading(self) -> Connection:
         return self._engine.connect().execution_options(cloister_reading=True)
@@ -229,11 +242,11 @@ def _check_layout(connection: Connection, name: str) -> None:
             raise PrivacyError(f"there is no ledger at {name}; make one with: cloister ledger init")
         found = {column["name"] for column in inspector.get_columns(table.name)}
         if found != set(table.columns.keys()):
-            raise PrivacyError(
+            raise LedgerUnusable(
                 f"the table {table.name} at {name} has another layout than this release writes; read it with the "
                 "release that wrote it, and keep the ledger elsewhere"
             )
 
 
-def _reason(error: SQLAlchemyError) -> str:
+def _reason(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
