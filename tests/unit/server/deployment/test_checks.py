@@ -7,14 +7,17 @@ import subprocess
 import sys
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from conf.schema.server import ServerFile
 from protocol.errors import ConfigError
 from server.deployment.certificates import renew_server_certificate
 from server.deployment.checks import Check, check_files
-from server.deployment.folder import ServerFolder
+from server.deployment.folder import ServerFolder, write_new
 from server.deployment.node_keys import read_node_key
 from server.deployment.reachability import check_reachability
 
@@ -64,14 +67,9 @@ def test_a_name_that_the_certificate_lacks_fails(today: ServerFolder, settings: 
 
 
 def test_another_servers_key_fails(today: ServerFolder, settings: ServerFile) -> None:
-    from server.deployment.folder import write_new
-
-    shutil.copy(today.key, today.path / "old.key")
     today.key.unlink()
-    pem = subprocess.run(
-        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout"], capture_output=True, check=True
-    ).stdout
-    write_new(today.key, pem, 0o600)
+    key = ec.generate_private_key(ec.SECP256R1())
+    write_new(today.key, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     assert found(today, settings)["certificate's key"].state == "failed"
 
 
@@ -145,7 +143,8 @@ def test_check_ends_with_1_when_something_failed(today: ServerFolder) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_node_keys_are_of_a_nist_curve_and_public(tmp_path: ServerFolder) -> None:
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+def test_node_keys_are_of_a_nist_curve_and_public(tmp_path: Path) -> None:
     for kind, bits in (("ecdsa", "384"), ("ed25519", "256")):
         command = ["ssh-keygen", "-q", "-t", kind, "-b", bits, "-N", "", "-f", str(tmp_path / kind)]
         subprocess.run(command, check=True)
