@@ -97,7 +97,9 @@ def _unanswered(message: Message, context: Context, error: Exception) -> Message
     if isinstance(error, SiteRefusal):
         reason = f"{error.code}: {sentence(error.code)}"
     else:
-        reason = f"{type(error).__name__}; the node's own log says more" if "socket" in context.node_config else str(error)
+        reason = (
+            f"{type(error).__name__}; the node's own log says more" if "socket" in context.node_config else str(error)
+        )
     return Message(Error(code=_NO_SITE, reason=reason), reply_to=message)
 
 

@@ -1,24 +1,15 @@
 """A served site: warm, one instruction at a time, stopped without under-counting, and alone on its state."""
 
-import os
 import stat
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from client.relay import relay
 from protocol.errors import SiteRefusal
 from protocol.instructions import Instruction, Reply
-from protocol.records import instruction_to_record, record_to_reply
 
-from .conftest import CLOISTER, SiteProcess
+from .conftest import SiteProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 Make = Callable[..., SiteProcess]
