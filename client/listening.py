@@ -12,12 +12,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.site_file import socket_path
+from client.site_file import account_of, socket_path
 from conf.schema.site import SiteFile
 from protocol.errors import ConfigError
 from protocol.frames import receive_frame
 
-__all__ = ["Listener", "open_listener"]
+__all__ = ["Listener", "check_folder", "open_listener"]
 
 _TOKEN_BYTES = 32
 _TOKEN_FRAME = 2 * _TOKEN_BYTES
@@ -61,9 +61,9 @@ def open_listener(file: SiteFile) -> Listener:
     Raises:
         ConfigError: the folder is open to others, the path too long, or the SuperNode's user unknown.
     """
-    path, other = socket_path(file), None if file.node is None else file.node.user
-    guest = None if other is None else _account(other)
-    _prepare_folder(path.parent, guest)
+    path, guest = socket_path(file), account_of(file.node)
+    _make_folder(path.parent, guest)
+    check_folder(file)
     path.unlink(missing_ok=True)
     users = {os.getuid()} | (set() if guest is None else {guest.pw_uid})
     unix = file.serve.listen == "unix" or (file.serve.listen == "auto" and hasattr(socket, "AF_UNIX"))
@@ -100,24 +100,28 @@ def _tcp(path: Path) -> tuple[socket.socket, str]:
     return listening, token
 
 
-def _account(user: str) -> pwd.struct_passwd:
-    try:
-        return pwd.getpwnam(user)
-    except KeyError as error:
-        raise ConfigError(f"node.user={user!r} is no user of this machine; create it, or drop node.user") from error
+def check_folder(file: SiteFile) -> None:
+    """Check that the socket's folder, where there is one already, lets nobody in but this user and the SuperNode's.
 
-
-def _prepare_folder(folder: Path, guest: pwd.struct_passwd | None) -> None:
-    """Make the socket's folder, or check that nobody else may enter it."""
+    Raises:
+        ConfigError: it lets others in, belongs to somebody else, or the SuperNode's user does not exist.
+    """
+    folder, guest = socket_path(file).parent, account_of(file.node)
     wanted = 0o700 if guest is None else 0o750
     if not folder.exists():
-        folder.mkdir(mode=0o700, parents=True)
-        if guest is not None:
-            os.chown(folder, -1, guest.pw_gid)
-            folder.chmod(wanted)
+        return
     found = folder.stat()
     if found.st_mode & 0o777 & ~wanted or found.st_uid not in (os.getuid(), 0):
         raise ConfigError(
             f"{folder} has mode {found.st_mode & 0o777:04o} and owner {found.st_uid}, so others could put a socket of "
             f"their own there; make it a folder of its own: chmod {wanted:04o} {folder}"
         )
+
+
+def _make_folder(folder: Path, guest: pwd.struct_passwd | None) -> None:
+    if folder.exists():
+        return
+    folder.mkdir(mode=0o700, parents=True)
+    if guest is not None:
+        os.chown(folder, -1, guest.pw_gid)
+        folder.chmod(0o750)

@@ -42,7 +42,7 @@ class Site:
             rows: where the training records come from, when it is not `file.data.source`.
         """
         self.file = file
-        self._read = rows or self._training_rows
+        self._read = rows or self.read_records
         self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
         self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
         if file.runtime.threads is not None:
@@ -80,8 +80,8 @@ class Site:
         if "state" in self.__dict__:
             self.state.close()
 
-    def _training_rows(self) -> Sequence[Row]:
-        """Return the site's records; only a split column keeps some of them out of training."""
+    def read_records(self) -> Sequence[Row]:
+        """Return the records of `data.source`; only a split column keeps some of them out of training."""
         data = self.file.data
         rows = read_rows(data.source)
         if data.split_column is None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
-from conf.schema.site import SiteFile
+from conf.schema.site import SiteFile, SiteNode
 from protocol.errors import ConfigError
 
-__all__ = ["ledger_location", "read_site_file", "socket_path"]
+__all__ = ["account_of", "ledger_location", "read_site_file", "socket_path"]
 
 
 def read_site_file(path: Path) -> SiteFile:
@@ -38,3 +40,20 @@ def socket_path(file: SiteFile) -> Path:
 def ledger_location(file: SiteFile) -> str | Path:
     """Return the path or URL of the site's ledger."""
     return file.ledger or Path(file.state_directory) / "ledger.db"
+
+
+def account_of(node: SiteNode | None) -> pwd.struct_passwd | None:
+    """Return the other user that the SuperNode runs as; None when it is this process's own.
+
+    Raises:
+        ConfigError: no such user.
+    """
+    if node is None or node.user is None:
+        return None
+    try:
+        account = pwd.getpwnam(node.user)
+    except KeyError as error:
+        raise ConfigError(
+            f"node.user={node.user!r} is no user of this machine; create it, or drop node.user"
+        ) from error
+    return None if account.pw_uid == os.getuid() else account

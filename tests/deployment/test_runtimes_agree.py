@@ -1,6 +1,7 @@
 """The same two apps on every runtime give the same adapter."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from simulations.simulate import simulate
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 
 SITES = ("eastfield", "harbor")
+CLOISTER = (sys.executable, "-c", "from cli.main import main; main()")
 OVERRIDES = (
     "experiment=smoke",
     f"data.partition.sites=[{','.join(SITES)}]",
@@ -120,7 +122,8 @@ def test_a_deployment_agrees(tmp_path: Path, reference: Path, flower: Any) -> No
     experiment = experiment_in(path)
     address = flower.start_superlink()
     for name, file in write_site_files(experiment, build_population(experiment), tmp_path).items():
-        flower.start_supernode(name, address, f'site="{file}"')
+        flower.start(f"{name}-site", *CLOISTER, "site", "serve", "--config", str(file))
+        flower.start_supernode(name, address, f'socket="{file.parent / "state" / "run" / "site.sock"}"')
     flower.flwr_run("deployment", {"experiment": experiment.canonical_json()})
 
     assert (path / "summary.json").is_file(), flower.logs()
@@ -129,7 +132,7 @@ def test_a_deployment_agrees(tmp_path: Path, reference: Path, flower: Any) -> No
     assert all((tmp_path / site / "state" / "ledger.db").is_file() for site in SITES)
 
 
-def test_a_node_without_a_site_file_takes_no_part(tmp_path: Path, flower: Any) -> None:
+def test_a_node_without_a_site_takes_no_part(tmp_path: Path, flower: Any) -> None:
     private = tmp_path / "private.jsonl"
     private.write_text('{"prompt": "Patient", "completion": " has nothing to hide."}\n')
     path = tmp_path / "run"
@@ -151,8 +154,8 @@ def test_a_node_without_a_site_file_takes_no_part(tmp_path: Path, flower: Any) -
     assert summary["status"] == "failed"
     assert "0 of federation.expected_sites=1 sites answered with a card" in summary["error"]
     assert not (path / "adapter").exists()
-    assert "this node has no site file" in flower.log("node")
-    assert "this node has no site file" in flower.log("deployment")
+    assert "this node has no site" in flower.log("node")
+    assert "this node has no site" in flower.log("deployment")
     assert not flower.cloister_home.joinpath("simulated_sites").exists()
 
 
