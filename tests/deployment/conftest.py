@@ -116,7 +116,7 @@ class FlowerProcesses:
 
     def alive(self) -> list[int]:
         """Return the processes that were given a home in this test's folder, whoever started them."""
-        mark = f"_HOME={self.folder}".encode()
+        mark = f"HOME={self.folder.parent}/".encode()
         found: list[int] = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
