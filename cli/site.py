@@ -47,6 +47,7 @@ def pending(config: ConfigOption = SITE_YAML, every: Annotated[bool, typer.Optio
         console.print("no experiment waits for approval")
         return
     table = Table("digest", "state", "since", "run", "privacy", "strategy", "rounds x steps", "rank", box=None)
+    table.columns[0].no_wrap = True
     for asked in shown:
         table.add_row(asked.digest[:16], asked.state, asked.since, *_summary(asked.plan))
     console.print(table)

@@ -31,8 +31,8 @@ __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 
-_POLL_S, _ALIVE_S, _READ_S = 0.5, 10.0, 60.0
-"""How often a stop is looked for, an asker is told that work goes on, and how long an asker may stall."""
+_POLL_S, _ALIVE_S, _READ_S, _SEND_S = 0.5, 10.0, 60.0, 5.0
+"""How often a stop is looked for, an asker is told that work goes on, how long an asker may stall, also at a stop."""
 
 
 def serve(file: SiteFile, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -54,25 +54,32 @@ def serve(file: SiteFile, clock: Callable[[], datetime] = lambda: datetime.now(U
             signal.signal(number, lambda *_: told.set())
         _log.info("site %s listens at %s", file.name, listener.path)
         try:
-            _accept(listener, desk, file.serve.max_message_mib << 20, told)
+            conversations = _accept(listener, desk, file.serve.max_message_mib << 20, told)
         finally:
             listener.close()
         _log.info("site %s stops", file.name)
         if not desk.stop(file.serve.stop_grace_s):
             _log.warning("site %s: the round under way is abandoned; what it reserved counts as spent", file.name)
+        else:
+            for conversation in conversations:
+                conversation.join(_SEND_S)  # its answer may still be on its way
     logging.shutdown()
     os._exit(0)  # a thread that still trains must not be torn down with the interpreter
 
 
-def _accept(listener: Listener, desk: Desk, limit: int, told: threading.Event) -> None:
-    """Give each connection a thread until `told` to stop."""
+def _accept(listener: Listener, desk: Desk, limit: int, told: threading.Event) -> list[threading.Thread]:
+    """Give each connection a thread until `told` to stop, and return the threads that are left."""
+    conversations: list[threading.Thread] = []
     listener.socket.settimeout(_POLL_S)
     while not told.is_set():
         try:
             connection, _ = listener.socket.accept()
         except TimeoutError:
             continue
-        threading.Thread(target=_converse, args=(connection, listener, desk, limit), daemon=True).start()
+        conversations = [each for each in conversations if each.is_alive()]
+        conversations.append(threading.Thread(target=_converse, args=(connection, listener, desk, limit), daemon=True))
+        conversations[-1].start()
+    return conversations
 
 
 def _converse(connection: socket.socket, listener: Listener, desk: Desk, limit: int) -> None:

@@ -47,7 +47,7 @@ class WorkingHours(Frozen):
     def _known(cls, name: str) -> str:
         try:
             ZoneInfo(name)
-        except (OSError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:  # a KeyError when there is none
             raise ValueError(
                 f"{name!r} is no time zone of the IANA database; use a name such as Europe/Berlin"
             ) from error

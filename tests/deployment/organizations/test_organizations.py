@@ -226,7 +226,9 @@ def test_tls_is_required(story: Story, machine: Machine) -> None:
 
 def supernode(server: Server, machine: Machine, *options: str, tls: bool = True) -> subprocess.CompletedProcess[str]:
     trust = ("--root-certificates", str(server.folder.for_sites / "ca.crt")) if tls else ()
-    command = (FLOWER_SUPERNODE, "--superlink", server.address, "--port", str(free_port()), *trust, *options)
+    # Without a SuperExec, which would outlive a SuperNode that gives up.
+    place = ("--superlink", server.address, "--port", str(free_port()), "--isolation", "process")
+    command = (FLOWER_SUPERNODE, *place, *trust, *options)
     return subprocess.run(command, env=machine.env, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from flwr.app import RecordDict
 
 from client.relay import relay
 from conf.compose import compose_experiment
@@ -21,6 +21,7 @@ from finetuning.adapters import attach
 from finetuning.models import load_base
 from privacy.ledger.chain import Entry
 from privacy.ledger.store import Store
+from protocol.errors import PrivacyError
 from protocol.instructions import Instruction, InstructionHeader, Reply, client_plan
 from protocol.records import instruction_to_record, record_to_reply
 from protocol.tensors import digest
@@ -43,7 +44,8 @@ class SiteProcess:
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
         self.folder, self.state = folder, folder / "s"
-        self.config, self.log = folder / "site.yaml", folder / "log"
+        self.config = folder / "site.yaml"
+        self.logs: list[Path] = []
         self.socket = self.state / "run" / "site.sock"
         records = folder / "records.jsonl"
         records.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,26 +72,21 @@ class SiteProcess:
         self.write(self.content | sections)
 
     def start(self, *prefix: str) -> "SiteProcess":
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                (*prefix, *CLOISTER, "site", "serve", "--config", str(self.config)),
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if f"{self.process.pid} " in self.lock() and self.socket.exists():
-                return self
+        self.logs.append(self.folder / f"log{len(self.logs)}")
+        with self.logs[-1].open("wb") as log:
+            command = (*prefix, *CLOISTER, "site", "serve", "--config", str(self.config))
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        deadline = time.monotonic() + 90
+        while "listens at" not in self.text():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail(f"the site did not come up\n{self.text()}")
             time.sleep(0.05)
-        pytest.fail(f"the site did not come up\n{self.text()}")
-
-    def lock(self) -> str:
-        """Who listens: the socket of an earlier process may still be there."""
-        return f"{self.process.pid} " if self.process and "listens at" in self.text().split("STARTED")[-1] else ""
+        return self
 
     def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        """What the latest process wrote."""
+        return self.logs[-1].read_text()
 
     def ask(self, instruction: Instruction) -> Reply:
         return record_to_reply(relay(self.socket, "train", instruction_to_record(instruction)))
@@ -98,8 +95,6 @@ class SiteProcess:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
-        with self.log.open("a") as log:
-            log.write("STARTED anew\n")
 
     def stop(self) -> int:
         assert self.process is not None
@@ -120,19 +115,14 @@ class SiteProcess:
     def kinds(self) -> list[str]:
         return [entry.kind for entry in self.entries() if entry.kind in ("reserve", "commit")]
 
-    def wait_for(self, kinds: list[str], timeout_s: float = 60) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self.entries_or_none() == kinds:
-                return
-            time.sleep(0.01)
-        pytest.fail(f"the ledger never held {kinds}, but {self.entries_or_none()}\n{self.text()}")
-
-    def entries_or_none(self) -> list[str] | None:
-        try:
-            return self.kinds()
-        except Exception:  # still being made
-            return None
+    def wait_for(self, kinds: list[str]) -> None:
+        """Wait until the ledger holds these entries, and no more."""
+        deadline, found = time.monotonic() + 90, None
+        while found != kinds and time.monotonic() < deadline:
+            with suppress(PrivacyError):  # it is being made
+                found = self.kinds()
+            time.sleep(0.005)
+        assert found == kinds, self.text()
 
 
 @pytest.fixture(scope="session")
@@ -178,8 +168,3 @@ def instruct() -> Callable[..., Instruction]:
         return Instruction(header, {name: start[name] for name in trained})
 
     return make
-
-
-@pytest.fixture(scope="session")
-def record() -> Callable[[Instruction], RecordDict]:
-    return instruction_to_record
