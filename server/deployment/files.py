@@ -40,7 +40,14 @@ def make_server(folder: ServerFolder, server: ServerFile, now: datetime) -> None
     """
     folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.path.chmod(0o755)  # nginx and the SuperLink's user pass through it; keys have modes of their own
-    for private in (folder.secret.parent, folder.database.parent, folder.flower_home, folder.runs, folder.submitted):
+    for private in (
+        folder.secret.parent,
+        folder.database.parent,
+        folder.flower_home,
+        folder.runs,
+        folder.kept,
+        folder.submitted,
+    ):
         private.mkdir(mode=0o700)
     write_new(folder.settings, yaml.safe_dump(server.model_dump(mode="json"), sort_keys=False).encode())
     make_authority(folder, server.name, now)

@@ -11,6 +11,7 @@
     proxy/ systemd/ docker/    rendered, to be installed
     for_sites/             what every site is given
     runs/ submitted/       run directories, and which Flower run is which
+    server/                what else the ServerApp keeps between runs
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class ServerFolder:
     def runs(self) -> Path:
         """Run directories."""
         return self.path / "runs"
+
+    @property
+    def kept(self) -> Path:
+        """What the ServerApp keeps between runs, besides them."""
+        return self.path / "server"
 
     @property
     def submitted(self) -> Path:
