@@ -101,6 +101,9 @@ class Machine:
 
     def stop(self) -> None:
         """End everything, first politely."""
+        for started in self._started.values():  # nginx writes over its environment, and is not found by it
+            if started.poll() is None:
+                started.terminate()
         for chosen in (signal.SIGTERM, signal.SIGKILL):
             deadline = time.monotonic() + 12
             while (alive := self._alive()) and time.monotonic() < deadline:
@@ -111,6 +114,7 @@ class Machine:
                 for started in self._started.values():
                     started.poll()
         assert not self._alive()
+        assert all(started.poll() is not None for started in self._started.values())
 
     def _alive(self) -> list[int]:
         mark = f"={self.folder}".encode()
