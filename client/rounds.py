@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from client.policy import check_cost, check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
+from client.whole_site import WholeSite
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
@@ -25,6 +26,7 @@ from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Rep
 from protocol.metrics import releasable
 from protocol.refusals import sentence
 from protocol.tensors import NamedTensors, digest, layout_of, verify
+from strategies.base import LocalRound, LocalStart, Strategy
 from strategies.build import build_strategy
 
 __all__ = ["RoundWork", "SiteRecords", "answer", "rehearse"]
@@ -49,6 +51,8 @@ class RoundWork:
     adapted: Callable[[ClientPlan], AdaptedModel]
     records: Callable[[AdaptedModel, LocalPrivacy, bytes], SiteRecords]
     """Takes the site's secret, which chooses among the records of a user who has too many."""
+    simulated: bool = False
+    """Whether a simulation made this site: only then may noise be repeatable."""
 
 
 def answer(instruction: Instruction, work: RoundWork) -> Reply:
@@ -65,18 +69,24 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
 
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
-    check_policy(work.file, header)
+    check_policy(work.file, header, simulated=work.simulated)
+    if header.unused_rounds:
+        # Spent all the same: what was sent was seen.
+        _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
     adapted = work.adapted(plan)
-    trained_names = build_strategy(plan.strategy).trained(adapted.names)
+    strategy = build_strategy(plan.strategy)
+    trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
-    start = _starting_adapter(instruction, adapted, trained_names)
     state = work.state()
+    local = _local_round(instruction, adapted, strategy, state)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     check_cost(work.file, privacy)
-    job = TrainingJob(work.file, header, adapted, trained_names, start, records.examples, records.units, privacy)
-    check_gradients(privacy, asked, adapted, trained_names)
+    job = TrainingJob(work.file, header, adapted, trained_names, local, records.examples, records.units, privacy)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
+    site_ledger = None if header.clip_norm is None else state.site_ledger()
+    whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, job.inputs(state.secret))
     if privacy.is_private:
         ledger = state.ledger(records.units)
         trained = _booked(job, ledger, state.secret)
@@ -84,9 +94,13 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     else:
         trained, stated = train(job, job.stream(state.secret, attempt=1)), None
     state.record_diagnostics(header.round, trained.private_facts)
+    if strategy.has_memory:
+        state.memory(plan.run).keep(header.round, trained.memory)
     update, below_clip = trained.update, None
     if header.clip_norm is not None:  # client-level: the last step on real values
         update, below_clip = _clipped(update, header.clip_norm)
+    if whole_site is not None:
+        whole_site.commit(digest(update))
 
     return Reply(
         ReplyHeader(
@@ -147,10 +161,11 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
         CloisterError: the data, the model, the adapter or the budget does not fit the plan.
     """
     adapted = work.adapted(plan)
-    asked, trained_names = local_privacy(plan.privacy), build_strategy(plan.strategy).trained(adapted.names)
+    asked, strategy = local_privacy(plan.privacy), build_strategy(plan.strategy)
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
-    check_gradients(privacy, asked, adapted, trained_names)
+    for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
+        check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
@@ -162,27 +177,40 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     return privacy
 
 
-def _starting_adapter(
-    instruction: Instruction, adapted: AdaptedModel, trained_names: frozenset[str]
-) -> Mapping[str, torch.Tensor]:
-    """Return the whole adapter: what was sent, and what the site derives from the public seed."""
+def _local_round(instruction: Instruction, adapted: AdaptedModel, strategy: Strategy, state: SiteState) -> LocalRound:
+    """Return the strategy's half of the round, from what was sent, what follows from the public seed, and what this
+    site kept."""
     header = instruction.header
+    plan, number = header.plan, header.round
     if adapted.base.digest != header.base_digest:
         raise SiteRefusal(
             "wrong_base",
             f"this site's base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
             "install the same model files",
         )
-    initial = adapted.initial(header.plan.adapter_seed)
-    expected = {name: shape for name, shape in layout_of(initial).items() if name in trained_names}
+    initial = adapted.initial(plan.adapter_seed)
+    sent = strategy.downloaded(adapted.names, number)
+    received = {name: tensor for name, tensor in instruction.tensors.items() if name in adapted.names}
+    extras = {name: tensor for name, tensor in instruction.tensors.items() if name not in adapted.names}
     try:
-        verify(instruction.tensors, expected)
+        verify(received, {name: shape for name, shape in layout_of(initial).items() if name in sent})
+        strategy.client.verify_extras(extras, initial)
     except ReplyRejected as problem:
         raise SiteRefusal(problem.code, f"the adapter sent by the server is unusable: {problem}") from problem
-    start = initial | dict(instruction.tensors)
-    if digest(start) != header.adapter_digest:
+    adapter = initial | received
+    if digest(adapter | extras) != header.adapter_digest:
         raise SiteRefusal("adapter_digest", "the adapter does not match its digest; server and site differ in version")
-    return start
+    return strategy.client.begin(
+        LocalStart(
+            adapter=adapter,
+            extras=extras,
+            memory=state.memory(plan.run).before(number) if strategy.has_memory else {},
+            trained=strategy.trained(adapted.names, number),
+            uploaded=strategy.uploaded(adapted.names, number),
+            local=plan.local,
+            learning_rate=plan.local.optimizer.learning_rate * plan.local.learning_rate_factor(number, plan.rounds),
+        )
+    )
 
 
 def _privacy_plan(plan: ClientPlan, file: SiteFile, num_units: int) -> PrivacyPlan:
@@ -227,20 +255,22 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    this_run, budget = ledger.stated(plan.run), ledger.budget.epsilon
+    account = ledger.account(plan.run)
+    budget = account.budget.epsilon
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
         # The ledger admits nothing above the budget, for any unit; disjoint data sets may add up to more.
-        epsilon_run=min(this_run.epsilon, budget),
-        epsilon_total=min(ledger.stated().epsilon, budget),
+        epsilon_run=min(account.run.epsilon, budget),
+        epsilon_total=min(account.total.epsilon, budget),
         epsilon_budget=budget,
         delta=privacy.delta,
-        accountant=privacy.accountant if this_run.rule == "schedule" else f"{RENYI}, as a filter",
+        accountant=privacy.accountant if account.run.rule == "schedule" else f"{RENYI}, as a filter",
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
-        steps_executed=ledger.steps_booked(plan.run),
+        steps_executed=account.steps,
+        mechanism=privacy.mechanism(account.steps).to_json(),
         insecure_seed=insecure,
     )
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-import torch
-
+from client.dry_run import way_of_gradients
 from client.units import Units
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
-from conf.schema.site import SiteFile
+from conf.schema.site import SiteFile, SiteRuntime
+from conf.schema.task import Classification, Task
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
@@ -21,7 +21,8 @@ from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream, inputs_digest, round_stream
 from protocol.instructions import InstructionHeader
-from protocol.tensors import NamedTensors, digest, subtract
+from protocol.tensors import NamedTensors, digest
+from strategies.base import LocalRound
 
 __all__ = ["Trained", "TrainingJob", "check_gradients", "round_rule", "train"]
 
@@ -34,7 +35,7 @@ class TrainingJob:
     header: InstructionHeader
     adapted: AdaptedModel
     trained_names: frozenset[str]
-    start: Mapping[str, torch.Tensor]
+    local: LocalRound
     examples: Sequence[Example]
     units: Units
     privacy: PrivacyPlan
@@ -57,7 +58,10 @@ class TrainingJob:
         settings = self.header.plan.model_copy(update={"run": "any"}).digest
         records = _fingerprint(self.examples, self.units)
         header, privacy = self.header, repr(self.privacy)
-        return inputs_digest(self.file.name, settings, privacy, header.adapter_digest, header.base_digest, records)
+        start = digest(self.local.start)  # with what the site kept itself, which `adapter_digest` does not cover
+        return inputs_digest(
+            self.file.name, settings, privacy, header.adapter_digest, start, header.base_digest, records
+        )
 
     def stream(self, secret: bytes, attempt: int) -> SecureStream:
         """Return the randomness of sampling, noise and dropout: keyed by the site's secret, unless it is repeatable.
@@ -80,6 +84,8 @@ class Trained:
     """What training gave. Only the update and the noisy loss are made to leave."""
 
     update: NamedTensors
+    memory: NamedTensors
+    """What the strategy keeps at this site for its next round."""
     noisy_loss: float | None
     diagnostics: TrainingDiagnostics
     clipped: int
@@ -99,9 +105,10 @@ class Trained:
 def train(job: TrainingJob, stream: SecureStream) -> Trained:
     """Return the update of one round, trained minus received; the network is left holding the trained adapter."""
     plan, asked = job.header.plan, job.asked
-    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, stream)
+    runtime = job.file.runtime
+    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, plan.task, runtime, stream)
     try:
-        job.adapted.load(job.start)
+        job.adapted.load(job.local.start)
         diagnostics = train_locally(
             job.adapted,
             job.adapted.train_only(job.trained_names),
@@ -112,25 +119,34 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             units=job.units.members,
             unit_weighting=asked.user_gradient if isinstance(asked, UserLevel) else "sum",
             seed=_dropout_seed(stream),
-            micro_batch_tokens=job.file.runtime.micro_batch_tokens,
-            static_shapes=job.file.runtime.static_shapes,
+            micro_batch_tokens=runtime.micro_batch_tokens,
+            static_shapes=runtime.static_shapes,
+            gradient_checkpointing=runtime.gradient_checkpointing,
             learning_rate_factor=plan.local.learning_rate_factor(job.header.round, plan.rounds),
+            correct=job.local.correct,
         )
     finally:
         rule.close()
-    update = subtract(job.adapted.extract(), job.start, job.trained_names)
-    return Trained(update, rule.released_loss, diagnostics, rule.clipped, rule.non_finite)
+    outcome = job.local.finish(job.adapted.extract())
+    return Trained(outcome.update, outcome.memory, rule.released_loss, diagnostics, rule.clipped, rule.non_finite)
 
 
 def check_gradients(
-    privacy: PrivacyPlan, asked: LocalPrivacy, adapted: AdaptedModel, trained_names: frozenset[str]
+    privacy: PrivacyPlan,
+    asked: LocalPrivacy,
+    adapted: AdaptedModel,
+    trained_names: frozenset[str],
+    task: Task,
+    runtime: SiteRuntime,
 ) -> None:
     """Refuse what cannot be trained under a plan, before anything is spent.
 
     Raises:
         PrivacyError: naming the first layer without a per-example rule, or a layer that couples examples.
+        ModelError: the network fails on made-up examples.
     """
-    round_rule(privacy, asked, adapted, trained_names, SecureStream.from_operating_system()).close()
+    stream = SecureStream.from_operating_system()
+    round_rule(privacy, asked, adapted, trained_names, task, runtime, stream).close()
 
 
 def round_rule(
@@ -138,18 +154,22 @@ def round_rule(
     asked: LocalPrivacy,
     adapted: AdaptedModel,
     trained_names: frozenset[str],
+    task: Task,
+    runtime: SiteRuntime,
     stream: SecureStream,
 ) -> GradientRule:
-    """Return the gradient rule of a round: the plan's, by the way of getting per-example gradients that is asked for.
+    """Return the gradient rule of a round: the plan's, whose per-example gradients a dry run found to be exact.
 
     Raises:
-        PrivacyError: as `privacy.gradients.gradient_rule` does.
+        PrivacyError: as `client.dry_run.way_of_gradients` and `privacy.gradients.gradient_rule` do.
+        ModelError: the network fails on made-up examples.
     """
-    per_example, without_rule = "native", "one_by_one"
-    if not isinstance(asked, NoPrivacy):
-        per_example, without_rule = asked.per_example_gradients, asked.without_rule
     trained = adapted.train_only(trained_names)
-    return gradient_rule(privacy, per_example, adapted.network, trained, stream, without_rule=without_rule)
+    if isinstance(asked, NoPrivacy):
+        return gradient_rule(privacy, "native", adapted.network, trained, stream, without_rule="one_by_one")
+    classes = len(task.labels) if isinstance(task, Classification) else None
+    way = way_of_gradients(privacy, asked, adapted, trained, build_objective(task), runtime, classes)
+    return gradient_rule(privacy, way, adapted.network, trained, stream, without_rule=asked.without_rule)
 
 
 def _fingerprint(examples: Sequence[Example], units: Units) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -16,14 +16,15 @@ from flwr.serverapp import Grid
 from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
-from protocol.tensors import NamedTensors, digest, layout_of
-from server.cohort import enroll
-from server.collect import Collected, collect
+from protocol.tensors import Layout, NamedTensors, digest, layout_of
+from server.checkpoint import Checkpoint
+from server.cohort import Member, enroll
+from server.collect import Assignment, Collected, collect
 from server.evaluation import Evaluator
-from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
+from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
 from server.run_directory import RunDirectory
-from strategies.base import Strategy
+from strategies.base import ServerState, Strategy
 from strategies.build import build_strategy
 
 __all__ = ["Outcome", "run_federation"]
@@ -45,9 +46,21 @@ class _Run:
     plan: ClientPlan
     base_digest: str
     strategy: Strategy
-    trained: frozenset[str]
     protection: Protection
+    members: tuple[Member, ...]
     timeout_s: float
+    pullers: int
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What a round starts from and leaves: stored after every round."""
+
+    adapter: NamedTensors
+    state: ServerState
+    evaluation: Evaluated | None
+    unused: Mapping[str, tuple[int, ...]]
+    """Rounds whose update was not used and whose site has not been told yet."""
 
 
 def run_federation(
@@ -59,6 +72,7 @@ def run_federation(
     *,
     expected_sites: int,
     timeout_s: float,
+    pullers: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -71,63 +85,66 @@ def run_federation(
     federation = experiment.federation
     adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
-    members = enroll(grid, expected_sites, timeout_s)
+    checkpoint = directory.newest_checkpoint()
+    members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
     protection = protection_for(experiment, strategy, members, directory)
-    run = _Run(
-        experiment,
-        client_plan(experiment, directory.run),
-        evaluator.base_digest,
-        strategy,
-        strategy.trained(frozenset(adapter)),
-        protection,
-        timeout_s,
-    )
+    plan = client_plan(experiment, directory.run)
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, members, timeout_s, pullers)
     observe = protection.observer(observe)
-    values = sum(adapter[name].numel() for name in run.trained)
-    observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
-    evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
     with closing(protection):
-        for number in range(1, federation.rounds + 1):
-            adapter, evaluation = _round(grid, run, number, adapter, evaluation, evaluator, directory, observe, clock)
-    directory.save_adapter(evaluator.adapted, adapter)
-    observe(RunFinished(directory.run, clock() - began, digest(adapter)))
-    return Outcome(adapter, evaluation)
+        names = tuple(member.site for member in members)
+        if checkpoint is None:
+            values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+            observe(RunStarted(directory.run, federation.rounds, names, values))
+            progress = _Progress(
+                adapter, strategy.server.init(adapter), _evaluate(evaluator, adapter, 0, experiment, observe), {}
+            )
+        else:
+            observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
+            protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
+            progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
+        for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
+            progress = _round(grid, run, number, progress, evaluator, directory, observe, clock)
+    directory.save_adapter(evaluator.adapted, progress.adapter)
+    observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
+    return Outcome(progress.adapter, progress.evaluation)
 
 
 def _round(
     grid: Grid,
     run: _Run,
     round_number: int,
-    adapter: NamedTensors,
-    evaluation: Evaluated | None,
+    progress: _Progress,
     evaluator: Evaluator,
     directory: RunDirectory,
     observe: Observer,
     clock: Callable[[], float],
-) -> tuple[NamedTensors, Evaluated | None]:
-    """Return the adapter after one round, and the latest evaluation."""
+) -> _Progress:
+    """Return what one round makes of the adapter, the strategy's state and the latest evaluation."""
     began = clock()
-    protection = run.protection
+    protection, server = run.protection, run.strategy.server
+    adapter, state = progress.adapter, progress.state
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    instruction = _instruction(run, round_number, adapter)
-    layout = layout_of(instruction.tensors)
-    protection.reserve(round_number, layout)
-    collected = collect(grid, instruction, cohort, protection.fold, observe, expected=layout, timeout_s=run.timeout_s)
+    assignments = _assignments(run, round_number, progress, cohort)
+    aggregator = server.aggregator(adapter, state)
+    protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
+    collected = collect(
+        grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s, pullers=run.pullers
+    )
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
     aggregating = clock()
     combined = protection.combined()
     spent = protection.commit()
-    adapter = run.strategy.step(adapter, combined)
+    adapter, state = server.step(adapter, combined, state)
     aggregate_s = collected.aggregating_s + clock() - aggregating
 
     evaluating = clock()
-    evaluation = _evaluate(evaluator, adapter, round_number, run.experiment, observe) or evaluation
+    evaluation = _evaluate(evaluator, adapter, round_number, run.experiment, observe) or progress.evaluation
     evaluate_s = clock() - evaluating
-    directory.save_checkpoint(round_number, adapter)
     other_s = clock() - began - collected.waiting_s - aggregate_s - evaluate_s
     observe(
         RoundFinished(
@@ -140,22 +157,58 @@ def _round(
             evaluate_s,
             other_s,
             spent,
+            dict(aggregator.metrics()),
         )
     )
-    return adapter, evaluation
+    unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
+    names = tuple(member.site for member in run.members)
+    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.state(), unused))
+    return _Progress(adapter, state, evaluation, unused)
 
 
-def _instruction(run: _Run, round_number: int, adapter: NamedTensors) -> Instruction:
+def _still_unused(
+    before: Mapping[str, tuple[int, ...]], cohort: tuple[Member, ...], now: tuple[str, ...], round_number: int
+) -> Mapping[str, tuple[int, ...]]:
+    """Return what sites have to be told: this round's instructions told its cohort of what was before."""
+    told = {member.site for member in cohort}
+    kept = {site: rounds for site, rounds in before.items() if site not in told}
+    return kept | {site: (*kept.get(site, ()), round_number) for site in now}
+
+
+def _assignments(
+    run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
+) -> Mapping[str, Assignment]:
+    """Return each site's work; sites of one rank that are told the same share it."""
+    asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
+    by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
+    return {site: by_kind[kind] for site, kind in asked.items()}
+
+
+def _assignment(
+    run: _Run, round_number: int, progress: _Progress, rank: int | None, unused: tuple[int, ...]
+) -> Assignment:
+    adapter = progress.adapter
+    # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
+    names = run.strategy.downloaded(frozenset(adapter), round_number)
+    sent = run.strategy.server.download(adapter, progress.state, names, rank)
+    start = {**adapter, **sent}
     header = InstructionHeader(
         round=round_number,
         plan=run.plan,
         plan_digest=run.plan.digest,
         base_digest=run.base_digest,
-        adapter_digest=digest(adapter),
+        adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
+        unused_rounds=unused,
+        release=run.protection.claim,
     )
-    # What no site trains has its initial value everywhere, and a site derives that from the public seed.
-    return Instruction(header, {name: adapter[name] for name in sorted(run.trained)})
+    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
+
+
+def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:
+    """Return the layout of a valid update from `start`."""
+    names = run.strategy.uploaded(frozenset(start), round_number)
+    return layout_of({name: start[name] for name in sorted(names)})
 
 
 def _check_quorum(collected: Collected, min_replies: int, round_number: int) -> None:

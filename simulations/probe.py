@@ -24,6 +24,7 @@ from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
 from simulations.patient import Patient, rows_of
 from simulations.watching import gradient_of
+from strategies.averaging import plain_round
 
 __all__ = ["draws_of", "probe_of"]
 
@@ -64,7 +65,8 @@ def draws_of(patient: Patient, plan: PrivacyPlan) -> tuple[np.ndarray, ...]:
     slots = plan.sampling.slots
     count = int(min(max(_SLOTS_DRAWN / slots, 200), _DRAWS))
     stream = SecureStream.from_operating_system()
-    rule = round_rule(plan, patient.local, patient.adapted, frozenset(patient.trained), stream)
+    names, task, runtime = frozenset(patient.trained), patient.experiment.task, patient.site("probe").runtime
+    rule = round_rule(plan, patient.local, patient.adapted, names, task, runtime, stream)
     try:
         return tuple(np.asarray(rule.draw(slots), dtype=np.int64) for _ in range(count))
     finally:
@@ -98,7 +100,7 @@ def _released(patient: Patient, plan: PrivacyPlan, rows: Sequence[Row]) -> torch
         header=patient.instruction(one_step, 1, patient.start).header,
         adapted=patient.adapted,
         trained_names=frozenset(patient.trained),
-        start=patient.start,
+        local=plain_round(patient.start, frozenset(patient.trained), local),
         examples=records.examples,
         units=records.units,
         privacy=replace(plan, sampling=PoissonSampling(1.0, len(records.units))),

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from conf.schema import strategy as schema
 from strategies.base import Strategy
-from strategies.lora.fedit import FedIT
-from strategies.lora.ffa_lora import FFALoRA
+from strategies.lora.fedit import fedit
+from strategies.lora.ffa_lora import ffa_lora
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
 STRATEGIES: dict[type[schema.FedIT | schema.FFALoRA], Callable[[], Strategy]] = {
-    schema.FedIT: FedIT,
-    schema.FFALoRA: FFALoRA,
+    schema.FedIT: fedit,
+    schema.FFALoRA: ffa_lora,
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from protocol.tensors import NamedTensors
+from strategies.base import Contribution
 
 __all__ = ["WeightedMean"]
 
@@ -16,13 +19,15 @@ class WeightedMean:
         self._sums: dict[str, torch.Tensor] = {}
         self._weight = 0.0
 
-    def accumulate(self, update: NamedTensors, weight: float) -> None:
+    def accumulate(self, contribution: Contribution) -> None:
         """Fold one update; its weight is positive and finite."""
+        weight = contribution.weight
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight={weight} must be positive and finite")
-        for name, tensor in update.items():
-            term = tensor.double() * weight
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
+        for name, tensor in contribution.update.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
+            self._sums[name].add_(tensor, alpha=weight)
         self._weight += weight
 
     def result(self) -> NamedTensors:
@@ -30,3 +35,7 @@ class WeightedMean:
         if self._weight == 0:
             raise ValueError("there is no mean of no updates")
         return {name: (total / self._weight).float() for name, total in self._sums.items()}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return nothing."""
+        return {}

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from protocol.tensors import NamedTensors, add
-from strategies.mean import WeightedMean
+from strategies.averaging import Averaging, PlainClient
+from strategies.base import Strategy
+from strategies.lora.factors import without_random_factors
 
-__all__ = ["FFALoRA"]
-
-_RANDOM_FACTORS = ("lora_A", "lora_embedding_B")
-"""The factor drawn at random is frozen, the one that starts at zero is trained. PEFT's embedding has them swapped."""
+__all__ = ["ffa_lora"]
 
 
-class FFALoRA:
-    """B ← B + Σ pₖ ΔBₖ, with A as drawn from the public seed.
+def ffa_lora() -> Strategy:
+    """Return B ← B + Σ pₖ ΔBₖ, with A as drawn from the public seed.
 
     With one common A the mean is exact, Σ pₖ BₖA = B̄A; the noise enters linearly; and half the bytes travel, because
     every site derives A itself. Tensors that are no LoRA factor (a classification head) are trained and averaged too.
     """
-
-    is_linear = True
-
-    def trained(self, names: frozenset[str]) -> frozenset[str]:
-        """Return everything but the A factors."""
-        return frozenset(name for name in names if not any(part in _RANDOM_FACTORS for part in name.split(".")))
-
-    def aggregator(self) -> WeightedMean:
-        """Return a weighted mean."""
-        return WeightedMean()
-
-    def step(self, adapter: NamedTensors, combined: NamedTensors) -> NamedTensors:
-        """Return the adapter moved by the mean update."""
-        return add(adapter, combined)
+    return Strategy(
+        is_linear=True,
+        server=Averaging(),
+        client=PlainClient(),
+        trained=without_random_factors,
+        uploaded=without_random_factors,
+        downloaded=without_random_factors,
+    )

@@ -21,12 +21,12 @@ from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
-from strategies.lora.fedit import FedIT
-from strategies.lora.ffa_lora import FFALoRA
+from strategies.lora.fedit import fedit
+from strategies.lora.ffa_lora import ffa_lora
 
 CLASSES = ("left", "middle", "right")
 TASKS: dict[str, Task] = {"causal_lm": CausalLM(), "classification": Classification(labels=CLASSES)}
-STRATEGIES = {"fedit": FedIT(), "ffa_lora": FFALoRA()}
+STRATEGIES = {"fedit": fedit(), "ffa_lora": ffa_lora()}
 ENCODERS = ("bert", "roberta")
 
 
@@ -162,6 +162,6 @@ def bench(tiny_model: Callable[..., Path]) -> Callable[..., Bench]:
         adapted.load(
             {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in initial.items()}
         )
-        return Bench(adapted, adapted.train_only(STRATEGIES[strategy].trained(adapted.names)), wanted)
+        return Bench(adapted, adapted.train_only(STRATEGIES[strategy].trained(adapted.names, 1)), wanted)
 
     return make

@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
+from strategies.base import Contribution
 from strategies.mean import WeightedMean
 
 SHAPES = {"q.lora_A.weight": (4, 32), "q.lora_B.weight": (32, 4), "score.weight": (3, 32), "score.bias": (3,)}
@@ -39,7 +40,7 @@ def test_weighted_mean_equals_flowers_fedavg(counts: tuple[int, ...], monkeypatc
     updates = [update(seed) for seed in range(len(counts))]
     ours = WeightedMean()
     for each, count in zip(updates, counts, strict=True):
-        ours.accumulate(each, count)
+        ours.accumulate(Contribution(each, count))
     replies = [reply(node, each, count) for node, (each, count) in enumerate(zip(updates, counts, strict=True), 1)]
     arrays, _ = FedAvg().aggregate_train(1, replies)
     assert arrays is not None

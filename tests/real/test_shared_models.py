@@ -24,7 +24,7 @@ from finetuning.tasks.build import build_objective
 from privacy.gradients import gradient_rule
 from privacy.plan import build_plan
 from privacy.randomness import SecureStream
-from strategies.lora.ffa_lora import FFALoRA
+from strategies.lora.ffa_lora import ffa_lora
 
 pytestmark = pytest.mark.slow
 TOKENS = 4096
@@ -76,7 +76,7 @@ def trained_on(
     adapted.load(adapted.initial(0))
     before = evaluate(adapted, held_out, objective, micro_batch_tokens=TOKENS)
     plan = build_plan(privacy, local, rounds=1, published_units=len(training), num_units=len(training))
-    names = FFALoRA().trained(adapted.names)
+    names = ffa_lora().trained(adapted.names, 1)
     parameters = adapted.train_only(names)
     rule = gradient_rule(plan, "opacus", adapted.network, parameters, SecureStream.insecure(0))
     try:

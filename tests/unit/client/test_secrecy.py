@@ -13,6 +13,7 @@ from finetuning.batches import Example
 from privacy.randomness import SecureStream
 from protocol.instructions import InstructionHeader, client_plan
 from simulations.population import site_file
+from strategies.averaging import plain_round
 
 SECRET = b"s" * 32
 SEEDED = ("privacy.insecure_seed=5",)
@@ -33,7 +34,7 @@ def job(
     examples = [Example(np.array([token], dtype=np.int32), np.array([True])) for token in records]
     units = Units(tuple((n,) for n in range(len(records))), tuple(str(token).encode() for token in records))
     file = site_file(experiment, site, 1000, state="nowhere")  # type: ignore[arg-type]
-    return TrainingJob(file, asked, None, frozenset(), {}, examples, units, None)  # type: ignore[arg-type]
+    return TrainingJob(file, asked, None, frozenset(), plain_round({}, frozenset(), plan.local), examples, units, None)  # type: ignore[arg-type]
 
 
 def words(made: TrainingJob, secret: bytes = SECRET, attempt: int = 1) -> list[float]:

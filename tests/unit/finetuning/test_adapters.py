@@ -22,8 +22,8 @@ from privacy.no_privacy import PlainGradients
 from privacy.plan import build_plan
 from privacy.randomness import SecureStream
 from protocol.errors import ModelError
-from strategies.lora.fedit import FedIT
-from strategies.lora.ffa_lora import FFALoRA
+from strategies.lora.fedit import fedit
+from strategies.lora.ffa_lora import ffa_lora
 
 LLAMA_LIKE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 BERT_LIKE = {"query", "key", "value", "dense"}
@@ -52,7 +52,7 @@ HEADS = {
 }
 ENCODERS = ("bert", "roberta")
 LABELS = Classification(labels=("left", "middle", "right"))
-STRATEGIES = {"fedit": FedIT(), "ffa_lora": FFALoRA()}
+STRATEGIES = {"fedit": fedit(), "ffa_lora": ffa_lora()}
 IDS = torch.tensor([[9, 31, 77, 102, 250, 6, 18, 44]])
 
 
@@ -100,7 +100,7 @@ def test_auto_targets_every_linear_layer_of_the_blocks(
     head = {f"base_model.model.{name}" for name in HEADS[family]} if family in ENCODERS else set()
     assert adapted.names == factors | head
 
-    trained = adapted.train_only(STRATEGIES[strategy].trained(adapted.names))
+    trained = adapted.train_only(STRATEGIES[strategy].trained(adapted.names, 1))
     wanted = adapted.names if strategy == "fedit" else {name for name in adapted.names if ".lora_A." not in name}
     assert trained.keys() == wanted
     moving = {id(parameter) for parameter in adapted.network.parameters() if parameter.requires_grad}
@@ -252,7 +252,7 @@ def test_an_embedding_can_be_a_target_and_learns_under_every_strategy(
     """PEFT zeroes the *first* factor of an embedding: frozen like other first factors it would never learn."""
     adapted = attach(base("llama"), LoRA(rank=4, targets=("embed_tokens",)), CausalLM())
     start = adapted.initial(0)
-    names = STRATEGIES[strategy].trained(adapted.names)
+    names = STRATEGIES[strategy].trained(adapted.names, 1)
     trained = adapted.train_only(names)
     adapted.network.train()
     examples = make_examples([9, 14])

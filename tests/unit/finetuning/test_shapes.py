@@ -34,7 +34,7 @@ def test_the_count_is_that_of_the_attached_adapter(
     task = Classification(labels=("a", "b", "c")) if family in ("bert", "roberta") else CausalLM()
     model, peft = Model(path=str(tiny_model(family))), LoRA.model_validate({"rank": 3, **lora})
     adapted = attach(load_base(model, task, "cpu"), peft, task)
-    trained = build_strategy(strategy).trained(adapted.names)
+    trained = build_strategy(strategy).trained(adapted.names, 1)
     assert trained_values(model, peft, strategy, task) == sum(adapted.parameters[name].numel() for name in trained)
 
 

@@ -1,0 +1,39 @@
+"""What a strategy keeps at a site from round to round: a personal factor, a control variate, an error to feed back.
+
+A file per run and round, so that a repeated instruction starts from what it started from the first time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from finetuning.checkpoints import load_tensors, save_tensors
+from protocol.tensors import NamedTensors
+
+__all__ = ["SiteMemory"]
+
+_KEPT = 3
+
+
+class SiteMemory:
+    """The memory of one run, below a site's state directory."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        # A run's name comes from the server: as a digest it cannot lead anywhere else.
+        self._folder = folder / "memory" / hashlib.sha256(run.encode()).hexdigest()[:32]
+
+    def before(self, round_number: int) -> NamedTensors:
+        """Return what the newest round before `round_number` left; empty when there is none."""
+        earlier = [path for path in self._files() if int(path.stem) < round_number]
+        return load_tensors(earlier[-1])[0] if earlier else {}
+
+    def keep(self, round_number: int, tensors: NamedTensors) -> None:
+        """Store what a round leaves; only the newest rounds' are kept."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_tensors(self._folder / f"{round_number:06d}.safetensors", tensors)
+        for old in self._files()[:-_KEPT]:
+            old.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("*.safetensors"))
