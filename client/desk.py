@@ -79,7 +79,7 @@ class Desk:
         header, file = instruction.header, self._site.file
         if self._stopping.is_set():
             raise SiteRefusal("stopping", "the process was told to stop")
-        check_policy(file, header)
+        check_policy(file, header, simulated=self._site.work().simulated)
         if file.policy is not None and file.policy.require_approval:
             self._approvals.check(header.plan.digest, header.plan.model_dump(mode="json"))
         stored = self._replies.find(header)

@@ -15,8 +15,10 @@ __all__ = ["check_cost", "check_moment", "check_policy"]
 _UNITS = {"example_level": "record", "user_level": "user"}
 
 
-def check_policy(site: SiteFile, header: InstructionHeader) -> None:
-    """Refuse what the site's file does not allow, as far as the instruction alone shows it.
+def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool = False) -> None:
+    """Refuse what the site's file does not allow, and repeatable noise unless the site is `simulated`.
+
+    What it costs is `check_cost`'s, and when it may be asked `check_moment`'s.
 
     Raises:
         SiteRefusal: with a code for the server; its message is for the site's own log.
@@ -31,7 +33,7 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
     _check_work(plan, policy)
     if policy.bases is not None and header.base_digest not in policy.bases:
         raise SiteRefusal("base_not_allowed", f"the base {header.base_digest[:12]} is not among policy.bases")
-    _check_privacy(site, plan, policy)
+    _check_privacy(site, plan, policy, simulated)
 
 
 def check_cost(site: SiteFile, privacy: PrivacyPlan) -> None:
@@ -88,12 +90,13 @@ def _check_work(plan: ClientPlan, policy: SitePolicy) -> None:
         raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
 
 
-def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
+def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy, simulated: bool) -> None:
     asked = local_privacy(plan.privacy)
     seeds = [each.insecure_seed for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
-    if any(seed is not None for seed in seeds) and not policy.allow_insecure_seed:
+    if any(seed is not None for seed in seeds) and not simulated:
         raise SiteRefusal(
-            "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
+            "insecure_seed",
+            "the plan makes the noise repeatable, which real sites never do; set privacy.insecure_seed=null",
         )
     clips = [each.clip_norm for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
     if any(clip > policy.max_clip_norm for clip in clips):
@@ -121,6 +124,12 @@ def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None
         )
     if site.budget is None:
         raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
+    if not isinstance(asked, NoPrivacy) and asked.delta is not None and asked.delta < site.budget.delta:
+        raise SiteRefusal(
+            "delta_below_budget",
+            f"the plan asks for δ={asked.delta:.3g}, below the δ={site.budget.delta:.3g} at which this site keeps its "
+            f"budget; ask for {site.budget.delta:.3g} or more, or null",
+        )
 
 
 def _check_trust(policy: SitePolicy) -> None:

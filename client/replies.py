@@ -21,7 +21,7 @@ from protocol.instructions import InstructionHeader
 __all__ = ["ReplyStore"]
 
 _log = logging.getLogger(__name__)
-_NOTICES = frozenset({"plan", "not_used"})
+_NOTICES = frozenset({"plan", "unused_rounds"})
 """Fields of a header that do not change the answer: the plan counts by its digest, notices of earlier rounds do not."""
 
 

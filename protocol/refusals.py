@@ -114,6 +114,22 @@ REFUSALS: Mapping[str, Refusal] = {
         "(`cloister ledger set-budget`)",
     ),
     "budget_expired": Refusal("this site's budget has expired", "site: a new `budget.expires`, if that is decided"),
+    "no_release_claim": Refusal(
+        "the server does not say how it noises the sum, so this site cannot book it",
+        "server and site differ in version, or the server is not Cloister's",
+    ),
+    "wrong_release_claim": Refusal(
+        "what the server says of its noise does not fit the plan",
+        "server and site differ in version, or the server is not Cloister's",
+    ),
+    "delta_below_budget": Refusal(
+        "the plan asks for a smaller delta than this site keeps its budget at",
+        "server: the sites' δ, or null; site: `site_budget.delta`",
+    ),
+    "participation_limit": Refusal(
+        "this site has taken part in the run as often, or as lately, as the plan's noise allows",
+        "a fault of the server, which keeps to these limits itself; report it",
+    ),
     # the site's own condition
     "busy": Refusal(
         "this site is at work on another instruction",

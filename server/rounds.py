@@ -17,10 +17,11 @@ from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
+from server.checkpoint import Checkpoint
 from server.cohort import Member, enroll
 from server.collect import Assignment, Collected, collect
 from server.evaluation import Evaluator
-from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
+from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
 from server.run_directory import RunDirectory
 from strategies.base import ServerState, Strategy
@@ -46,7 +47,9 @@ class _Run:
     base_digest: str
     strategy: Strategy
     protection: Protection
+    members: tuple[Member, ...]
     timeout_s: float
+    pullers: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class _Progress:
     adapter: NamedTensors
     state: ServerState
     evaluation: Evaluated | None
+    unused: Mapping[str, tuple[int, ...]]
+    """Rounds whose update was not used and whose site has not been told yet."""
 
 
 def run_federation(
@@ -67,6 +72,7 @@ def run_federation(
     *,
     expected_sites: int,
     timeout_s: float,
+    pullers: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -79,17 +85,25 @@ def run_federation(
     federation = experiment.federation
     adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
-    members = enroll(grid, expected_sites, timeout_s)
+    checkpoint = directory.newest_checkpoint()
+    members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, timeout_s)
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, members, timeout_s, pullers)
     observe = protection.observer(observe)
-    values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
-    observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
-    evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
-    progress = _Progress(adapter, strategy.server.init(adapter), evaluation)
     with closing(protection):
-        for number in range(1, federation.rounds + 1):
+        names = tuple(member.site for member in members)
+        if checkpoint is None:
+            values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+            observe(RunStarted(directory.run, federation.rounds, names, values))
+            progress = _Progress(
+                adapter, strategy.server.init(adapter), _evaluate(evaluator, adapter, 0, experiment, observe), {}
+            )
+        else:
+            observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
+            protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
+            progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
+        for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
             progress = _round(grid, run, number, progress, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, progress.adapter)
     observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
@@ -113,10 +127,12 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    assignments = _assignments(run, round_number, adapter, state, cohort)
+    assignments = _assignments(run, round_number, progress, cohort)
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
-    collected = collect(grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s)
+    collected = collect(
+        grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s, pullers=run.pullers
+    )
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
@@ -129,7 +145,6 @@ def _round(
     evaluating = clock()
     evaluation = _evaluate(evaluator, adapter, round_number, run.experiment, observe) or progress.evaluation
     evaluate_s = clock() - evaluating
-    directory.save_checkpoint(round_number, adapter)
     other_s = clock() - began - collected.waiting_s - aggregate_s - evaluate_s
     observe(
         RoundFinished(
@@ -145,23 +160,37 @@ def _round(
             dict(aggregator.metrics()),
         )
     )
-    return _Progress(adapter, state, evaluation)
+    unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
+    names = tuple(member.site for member in run.members)
+    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.state(), unused))
+    return _Progress(adapter, state, evaluation, unused)
+
+
+def _still_unused(
+    before: Mapping[str, tuple[int, ...]], cohort: tuple[Member, ...], now: tuple[str, ...], round_number: int
+) -> Mapping[str, tuple[int, ...]]:
+    """Return what sites have to be told: this round's instructions told its cohort of what was before."""
+    told = {member.site for member in cohort}
+    kept = {site: rounds for site, rounds in before.items() if site not in told}
+    return kept | {site: (*kept.get(site, ()), round_number) for site in now}
 
 
 def _assignments(
-    run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, cohort: tuple[Member, ...]
+    run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
-    """Return each site's work; sites of one rank share it."""
-    by_rank = {rank: _assignment(run, round_number, adapter, state, rank) for rank in {each.rank for each in cohort}}
-    return {member.site: by_rank[member.rank] for member in cohort}
+    """Return each site's work; sites of one rank that are told the same share it."""
+    asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
+    by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
+    return {site: by_kind[kind] for site, kind in asked.items()}
 
 
 def _assignment(
-    run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, rank: int | None
+    run: _Run, round_number: int, progress: _Progress, rank: int | None, unused: tuple[int, ...]
 ) -> Assignment:
-    names = frozenset(adapter)
+    adapter = progress.adapter
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
-    sent = run.strategy.server.download(adapter, state, run.strategy.downloaded(names, round_number), rank)
+    names = run.strategy.downloaded(frozenset(adapter), round_number)
+    sent = run.strategy.server.download(adapter, progress.state, names, rank)
     start = {**adapter, **sent}
     header = InstructionHeader(
         round=round_number,
@@ -170,6 +199,8 @@ def _assignment(
         base_digest=run.base_digest,
         adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
+        unused_rounds=unused,
+        release=run.protection.claim,
     )
     return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
 

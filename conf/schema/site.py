@@ -12,7 +12,16 @@ from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
 from conf.schema.task import CausalLM, Task
 
-__all__ = ["SiteBudget", "SiteFile", "SiteNode", "SitePolicy", "SiteRuntime", "SiteServe", "WorkingHours"]
+__all__ = [
+    "SiteBudget",
+    "SiteFile",
+    "SiteNode",
+    "SitePolicy",
+    "SiteRuntime",
+    "SiteServe",
+    "WholeSiteBudget",
+    "WorkingHours",
+]
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 _DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -70,6 +79,13 @@ class WorkingHours(Frozen):
         return (today and clock >= self.start) or (yesterday and clock < self.end)
 
 
+class WholeSiteBudget(Frozen):
+    """The most this whole site may ever cost in client-level runs, by what their servers say of their noise."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
 class SitePolicy(Frozen):
     """What this site agrees to. The defaults agree to approved, private training and release nothing else.
 
@@ -84,7 +100,6 @@ class SitePolicy(Frozen):
         default=("example_level", "user_level"), description="what a plan may have this site enforce itself"
     )
     allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
-    allow_insecure_seed: bool = Field(default=False, description="take part with repeatable noise: simulation only")
     trust_server_noise: bool = Field(
         default=False,
         description="take part in client-level runs without protection of its own: the server sees this site's clipped "
@@ -122,6 +137,11 @@ class SiteRuntime(Frozen):
     static_shapes: bool = Field(
         default=False,
         description="pad every micro-batch to one shape (for compiled or GPU training); changes no number",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass instead of keeping them: less memory, about a third "
+        "more time; changes no number",
     )
 
 
@@ -170,6 +190,11 @@ class SiteFile(Frozen):
     )
     data: DataConfig
     budget: SiteBudget | None = Field(default=None, description="null: this site can only take part without privacy")
+    site_budget: WholeSiteBudget | None = Field(
+        default=None,
+        description="booked before training in client-level runs, in site_ledger.db of the state directory; null: this "
+        "site books nothing for itself as a whole, and policy.trust_server_noise alone decides",
+    )
     policy: SitePolicy | None = Field(default=None, description="null: nothing is allowed")
     runtime: SiteRuntime = SiteRuntime()
     model_path: str = Field(

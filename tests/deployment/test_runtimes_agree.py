@@ -1,7 +1,6 @@
 """The same two apps on every runtime give the same adapter. Deployed ones are compared in `organizations`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from simulations.simulate import simulate
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 
 SITES = ("eastfield", "harbor")
-CLOISTER = (sys.executable, "-c", "from cli.main import main; main()")
 OVERRIDES = (
     "experiment=smoke",
     f"data.partition.sites=[{','.join(SITES)}]",

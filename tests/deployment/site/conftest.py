@@ -106,7 +106,7 @@ class SiteProcess:
         path = self.state / "ledger.db"
         if not path.exists():
             return ()
-        store = Store(path, create=False)
+        store = Store(path, read_only=True)
         try:
             return store.snapshot().entries
         finally:

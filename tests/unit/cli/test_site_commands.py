@@ -45,8 +45,7 @@ def test_init_writes_a_file_that_says_everything(config: Path) -> None:
     assert file.policy.strategies == ("fedit", "ffa_lora")
     assert file.policy.quantization == ()
     written = yaml.safe_load(config.read_text())["policy"]
-    left_out = {"allow_insecure_seed"}  # of simulations
-    assert written.keys() | left_out == type(file.policy).model_fields.keys()
+    assert written.keys() == type(file.policy).model_fields.keys()
 
 
 def test_init_asks_and_replaces_nothing(config: Path, tmp_path: Path) -> None:

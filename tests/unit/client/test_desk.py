@@ -33,7 +33,7 @@ def desk_of(make_site: Make, small: Make) -> Make:
         site = make_site(small())
         policy = site.file.policy.model_copy(update=sections.pop("policy", {}))
         changed = site.file.model_copy(update={"policy": policy, **sections})
-        opened = Site(changed, rows=site._read)
+        opened = Site(changed, rows=site._read, simulated=True)
         return Desk(opened, lambda: now), opened
 
     return make
@@ -105,7 +105,7 @@ def test_hours_expiry_clock_and_disk(desk_of: Make, small: Make, instruct: Make)
     _, site = desk_of()
     full = site.file.model_copy(update={"serve": site.file.serve.model_copy(update={"min_free_mib": 10**9})})
     Path(full.state_directory).mkdir(parents=True, exist_ok=True)
-    assert code(ask(Desk(Site(full), lambda: NOW), asked)) == "no_space"
+    assert code(ask(Desk(Site(full, simulated=True), lambda: NOW), asked)) == "no_space"
 
     desk, site = desk_of(datetime.now(UTC))
     assert ask(desk, asked).header.status == "trained"
