@@ -171,6 +171,7 @@ def _run(study: str, cells: Sequence[Cell], out: Path, workers: int) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from cli.quiet import quiet_libraries
     from simulations.study_cells import expected_seconds, finished, run_cells
     from simulations.study_report import markdown_of, plot_lines, plot_sites, points_of
 
@@ -184,7 +185,7 @@ def _run(study: str, cells: Sequence[Cell], out: Path, workers: int) -> None:
         def show(line: Line) -> None:
             progress.update(task, advance=1, description=line.labels.name)
 
-        lines = run_cells(cells, out, show, workers=workers)
+        lines = run_cells(cells, out, show, workers=workers, prepare=quiet_libraries)
     points = points_of(lines)
     text, picture = out / "results.md", out / "results.png"
     text.write_text(markdown_of(points, study))

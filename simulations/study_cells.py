@@ -128,7 +128,14 @@ class _Job:
     folder: Path
 
 
-def run_cells(cells: Sequence[Cell], path: Path, on_line: Callable[[Line], None], *, workers: int = 1) -> list[Line]:
+def run_cells(
+    cells: Sequence[Cell],
+    path: Path,
+    on_line: Callable[[Line], None],
+    *,
+    workers: int = 1,
+    prepare: Callable[[], None] | None = None,
+) -> list[Line]:
     """Run the cells that `path/results.csv` has no line of, and return all lines in the order of the cells.
 
     Args:
@@ -136,6 +143,7 @@ def run_cells(cells: Sequence[Cell], path: Path, on_line: Callable[[Line], None]
         path: the study's folder; each run's directory is in `runs/` there.
         on_line: takes each line, first those of an earlier start.
         workers: processes, one cell each at a time; 1 runs them in this one.
+        prepare: called first in each new process.
 
     Raises:
         ConfigError: the folder holds another study's results.
@@ -153,7 +161,7 @@ def run_cells(cells: Sequence[Cell], path: Path, on_line: Callable[[Line], None]
         for cell in cells
         if cell.labels not in done and cell.experiment is not None
     ]
-    for line in work_through(todo, _run, workers):
+    for line in work_through(todo, _run, workers, prepare):
         results.append(line)
         done[line.labels] = line
         on_line(line)

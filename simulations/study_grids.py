@@ -3,7 +3,7 @@
 Each cell of a grid sees about as many records per step in all, whatever the number of sites, so that they differ in
 what is compared and not in how much was trained. Gradients that are clipped and noised want plain SGD at a high rate,
 exact ones do not (docs/decisions/0004-defaults.md): the rates below were found for FFA-LoRA and FedIT, the others take
-that of their kind, and `rate_factors` tries more.
+FedIT's, and `rate_factors` tries more.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = [
     "strategies_known",
 ]
 
-_ONE_FACTOR = ("ffa_lora", "fedsvd")
-"""Strategies that train B alone: with one factor noised they stand twice the rate."""
-_RATES = {"one": 4.0, "both": 2.0}
+_RATES = {"ffa_lora": 4.0}
+_RATE = 2.0
+"""Of noised SGD, where nothing else is said. FFA-LoRA's frozen factor is short, so that its steps move less."""
 _OPEN_RATE = 8e-3
 _CODEC_SETTING = {"eden": "bits", "uniform_entropy": "bits", "lattice": "bits", "topk": "fraction"}
 _CODEC_SERIES = {
@@ -187,4 +187,4 @@ def _codec_overrides(codec: str) -> tuple[str, ...]:
 def _optimizer(strategy: str, epsilon: float, factor: float) -> tuple[str, float]:
     if math.isinf(epsilon):
         return "adamw", factor * _OPEN_RATE
-    return "sgd", factor * _RATES["one" if strategy in _ONE_FACTOR else "both"]
+    return "sgd", factor * _RATES.get(strategy, _RATE)

@@ -80,19 +80,22 @@ class LineFile(Generic[Line]):
             os.fsync(stream.fileno())
 
 
-def work_through(jobs: Sequence[Job], work: Callable[[Job], Line], workers: int) -> Iterator[Line]:
+def work_through(
+    jobs: Sequence[Job], work: Callable[[Job], Line], workers: int, prepare: Callable[[], None] | None = None
+) -> Iterator[Line]:
     """Yield what `work` returns of each job, as each is done.
 
     Args:
         jobs: values that can be pickled.
         work: a function of a module, or a `functools.partial` of one, so that other processes find it.
         workers: processes; 1 works in this one.
+        prepare: called first in each new process.
     """
     if workers == 1:
         yield from (work(job) for job in jobs)
         return
     # Spawned, not forked: torch's and Flower's threads do not survive a fork.
-    pool = ProcessPoolExecutor(min(workers, max(len(jobs), 1)), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(min(workers, max(len(jobs), 1)), mp_context=get_context("spawn"), initializer=prepare)
     try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()

@@ -174,7 +174,7 @@ def _cost_table(points: Sequence[Point], heading: str, cost: Callable[[Point], s
         own = {point.epsilon: point for point in points if point.variant == variant}
         costly = max(own.values(), key=lambda point: point.megabytes)
         cells = "".join(f" {_figure(own.get(each))} |" for each in epsilons)
-        rows.append(f"| {variant} | {cost(costly)} |{cells}")
+        rows.append(f"| {variant} | {'–' if costly.refused else cost(costly)} |{cells}")
     return rows
 
 
@@ -183,10 +183,9 @@ def _ranks_table(points: Sequence[Point]) -> list[str]:
     rows = ["| strategy and ranks | privacy | MB | all |" + "".join(f" {site} |" for site in sites)]
     rows.append("|---|---|---:|---:|" + "---:|" * len(sites))
     for point in points:
+        moved = "–" if point.refused else f"{point.megabytes:.3g}"
         by_site = "".join(f" {point.groups[site]:.3g} |" if site in point.groups else " – |" for site in sites)
-        rows.append(
-            f"| {point.variant} | {_privacy(point.epsilon)} | {point.megabytes:.3g} | {_figure(point)} |{by_site}"
-        )
+        rows.append(f"| {point.variant} | {_privacy(point.epsilon)} | {moved} | {_figure(point)} |{by_site}")
     return rows
 
 
@@ -247,7 +246,7 @@ def plot_lines(points: Sequence[Point], path: Path, *, against: str) -> Path:
             axes.errorbar(where, point.quality, point.spread / 2, fmt=marker, color=color, markerfacecolor=face)
         _dress(axes, place, here, "bits per value of an update" if against == "bits" else "MB, both ways, all sites")
         if here:
-            axes.set_xscale("log")
+            _plain_log(axes, "x")
     handles = [_handle(name, f"C{i % 10}", "s", filled=i < 10) for i, name in enumerate(variants)]
     handles += [_handle(_privacy(each), "black", _MARKERS[i % len(_MARKERS)]) for i, each in enumerate(epsilons)]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
@@ -294,7 +293,20 @@ def _dress(axes: Any, title: str, points: Sequence[Point], below: str) -> None:
     axes.set_xlabel(below)
     axes.set_ylabel(points[0].metric if points else "quality")
     if points and _is_better_low(points[0].metric):
-        axes.set_yscale("log")
+        _plain_log(axes, "y")
+
+
+def _plain_log(axes: Any, axis: str) -> None:
+    """Make an axis logarithmic, with ordinary numbers at its ticks."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    getattr(axes, f"set_{axis}scale")("log")
+    chosen = getattr(axes, f"{axis}axis")
+    low, high = getattr(axes, f"get_{axis}lim")()
+    chosen.set_major_formatter(StrMethodFormatter("{x:g}"))
+    # Less than a power of ten has few major ticks, more has too many minor ones.
+    chosen.set_minor_formatter(StrMethodFormatter("{x:g}") if high / low < 10 else NullFormatter())
+    chosen.set_tick_params(which="both", labelsize="small")
 
 
 def _handle(label: str, color: str, marker: str, *, filled: bool = True) -> Any:
