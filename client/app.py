@@ -1,24 +1,29 @@
-"""The Flower ClientApp: relays an instruction to this machine's site, and the site's answer back.
+"""The Flower ClientApp: passes a message's bytes to this node's site, and the answer's bytes back.
 
-Nothing here touches data. What goes back when something breaks is a type and a code, never an exception's own text:
-Flower would send that text, and whatever private value it quotes, to the server.
+In a deployment the site is a process of its own (`client/serve.py`), and this one, which a server started, holds no
+more than its socket: neither torch nor code that opens records is imported here. Only inside a simulation is the same
+site called in process. What goes back when something breaks is a code and its fixed sentence, never an exception's own
+text: Flower would send that text, and whatever private value it quotes, to the server.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Site, open_site
-from protocol.errors import CloisterError, ConfigError, SiteRefusal
-from protocol.instructions import Reply, ReplyHeader
-from protocol.records import card_to_record, record_to_instruction, reply_to_record
+from client.relay import relay
+from protocol.errors import SiteRefusal
+from protocol.frames import refusal_record
+from protocol.refusals import sentence
+
+if TYPE_CHECKING:
+    from client.site import Site
 
 __all__ = ["app", "client_app", "find_site"]
 
@@ -27,80 +32,75 @@ _log = logging.getLogger(__name__)
 _NO_SITE = 2
 """Flower's code for a ClientApp that failed."""
 
+_Answer = Callable[[str, Message, Context], RecordDict]
+
 
 def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
-    """Return the ClientApp whose messages are answered by the site that `find_site` finds for a node."""
+    """Return the ClientApp of a simulation: messages are answered in process, by the site found for a node."""
+
+    def answer(kind: str, message: Message, context: Context) -> RecordDict:
+        from client.door import answer_at_door  # imports torch: a relay never comes here
+
+        return answer_at_door(find_site(context), kind, message.content)
+
+    return _flower_app(answer)
+
+
+def find_site(context: Context) -> Site:
+    """Return the simulated site of a node of Flower's simulation engine.
+
+    Raises:
+        ConfigError: this is no simulation, or it has no such site.
+        SiteRefusal: code `no_site`, when nothing is installed that simulates sites.
+    """
+    for entry in entry_points(group="cloister.simulated_sites"):
+        return entry.load()(context)
+    raise SiteRefusal("no_site", sentence("no_site"))
+
+
+def _flower_app(answer: _Answer) -> ClientApp:
     flower_app = ClientApp()
 
     @flower_app.query()
     def enroll(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
         try:
-            card = find_site(context).card()
+            return Message(answer("query", message, context), reply_to=message)
         except Exception as error:
-            return _no_site(message, context, error)
-        return Message(card_to_record(card), reply_to=message)
+            return _unanswered(message, context, error)
 
     @flower_app.train()
     def train(message: Message, context: Context) -> Message:  # pyright: ignore[reportUnusedFunction]
         try:
-            site = find_site(context)
+            return Message(answer("train", message, context), reply_to=message)
+        except SiteRefusal as refusal:
+            _log.error("%s: %s", refusal.code, refusal)
+            return Message(refusal_record(refusal.code), reply_to=message)
         except Exception as error:
-            return _no_site(message, context, error)
-        return Message(reply_to_record(_handled(site, message)), reply_to=message)
+            return _unanswered(message, context, error)
 
     return flower_app
 
 
-def find_site(context: Context) -> Site:
-    """Return this node's site: from the file that its operator names, or, inside a simulation, a simulated one.
-
-    Raises:
-        ConfigError: the node names no site file, and this is no simulation.
-    """
-    path = context.node_config.get("site")
+def _relayed(kind: str, message: Message, context: Context) -> RecordDict:
+    """Return the answer of the site whose socket the node names; a node that names none may be a simulated one."""
+    path = context.node_config.get("socket")
     if isinstance(path, str):
-        return _opened(path)
-    for entry in entry_points(group="cloister.simulated_sites"):
-        return entry.load()(context)
-    raise ConfigError(
-        "this node has no site file; start the SuperNode with --node-config 'site=\"/path/to/site.yaml\"'"
-    )
+        return relay(Path(path), kind, message.content)
+    from client.door import answer_at_door
+
+    return answer_at_door(find_site(context), kind, message.content)
 
 
-def _handled(site: Site, message: Message) -> Reply:
-    try:
-        return site.handle(record_to_instruction(message.content))
-    except SiteRefusal as refusal:
-        return _refused(site, refusal.code, str(refusal))
-    except CloisterError as error:
-        # The message names data or paths, and even its type may tell something of the records: it stays here.
-        _log.error("site %s: %s", site.file.name, error)
-        return _failure(site)
-    except Exception:
-        _log.exception("site %s failed", site.file.name)
-        return _failure(site)
-
-
-def _no_site(message: Message, context: Context, error: Exception) -> Message:
-    """Return the error of a node that cannot answer. What is wrong with its site file is told in its own log only."""
+def _unanswered(message: Message, context: Context, error: Exception) -> Message:
+    """Return the error of a node that cannot answer. Details are in its own log only, unless it is a simulated one."""
     _log.error("this node has no usable site: %s", error)
-    named = "site" in context.node_config
-    reason = f"{type(error).__name__}; the node's own log says more" if named else str(error)
+    if isinstance(error, SiteRefusal):
+        reason = f"{error.code}: {sentence(error.code)}"
+    else:
+        reason = (
+            f"{type(error).__name__}; the node's own log says more" if "socket" in context.node_config else str(error)
+        )
     return Message(Error(code=_NO_SITE, reason=reason), reply_to=message)
 
 
-@lru_cache(maxsize=1)
-def _opened(path: str) -> Site:
-    return open_site(Path(path))
-
-
-def _failure(site: Site) -> Reply:
-    """Return the one answer to whatever breaks at a site."""
-    return _refused(site, "site_error", "the site could not do it; its own log says why")
-
-
-def _refused(site: Site, code: str, reason: str) -> Reply:
-    return Reply(ReplyHeader(status="refused", site=site.file.name, round=0, plan_digest="", code=code, reason=reason))
-
-
-app = client_app(find_site)
+app = _flower_app(_relayed)

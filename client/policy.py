@@ -1,13 +1,16 @@
-"""What a site agrees to. Its own file decides; an instruction can only ask."""
+"""What a site agrees to. Its own file decides; an instruction can only ask, and the stricter of the two holds."""
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from conf.schema.privacy import NoPrivacy, local_privacy
 from conf.schema.site import SiteFile, SitePolicy
+from privacy.plan import PrivacyPlan
 from protocol.errors import SiteRefusal
-from protocol.instructions import InstructionHeader
+from protocol.instructions import ClientPlan, InstructionHeader
 
-__all__ = ["check_policy"]
+__all__ = ["check_cost", "check_moment", "check_policy"]
 
 _UNITS = {"example_level": "record", "user_level": "user"}
 
@@ -15,20 +18,79 @@ _UNITS = {"example_level": "record", "user_level": "user"}
 def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool = False) -> None:
     """Refuse what the site's file does not allow, and repeatable noise unless the site is `simulated`.
 
+    What it costs is `check_cost`'s, and when it may be asked `check_moment`'s.
+
     Raises:
-        SiteRefusal: with a code for the server, and a message that tells nothing about the data.
+        SiteRefusal: with a code for the server; its message is for the site's own log.
     """
     plan, policy = header.plan, site.policy
+    if policy is None:
+        raise SiteRefusal("no_policy", "the site file has no policy section, so nothing is allowed")
     if header.round > plan.rounds:
         raise SiteRefusal("round_out_of_plan", f"round {header.round} is beyond the {plan.rounds} rounds of the plan")
-    if plan.local.steps > policy.max_steps_per_round:
-        raise SiteRefusal(
-            "too_many_steps",
-            f"{plan.local.steps} steps per round are above this site's policy.max_steps_per_round="
-            f"{policy.max_steps_per_round}",
-        )
     if plan.task != site.task:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
+    _check_work(plan, policy)
+    if policy.bases is not None and header.base_digest not in policy.bases:
+        raise SiteRefusal("base_not_allowed", f"the base {header.base_digest[:12]} is not among policy.bases")
+    _check_privacy(site, plan, policy, simulated)
+
+
+def check_cost(site: SiteFile, privacy: PrivacyPlan) -> None:
+    """Refuse a plan whose noise, or whose price at the budget's δ, breaks the policy; nothing is spent yet.
+
+    Raises:
+        SiteRefusal: `noise_too_small`, `epsilon_per_run` or `epsilon_per_round`.
+    """
+    policy = site.policy
+    if policy is None or not privacy.is_private:
+        return
+    if privacy.noise_multiplier < policy.min_noise_multiplier:
+        raise SiteRefusal(
+            "noise_too_small",
+            f"the plan's noise multiplier {privacy.noise_multiplier:.3f} is below policy.min_noise_multiplier="
+            f"{policy.min_noise_multiplier:g}",
+        )
+    for code, limit, mechanism in (
+        ("epsilon_per_run", policy.max_epsilon_per_run, privacy.whole_run),
+        ("epsilon_per_round", policy.max_epsilon_per_round, privacy.mechanism(privacy.steps_per_round)),
+    ):
+        if limit is None:
+            continue
+        epsilon = privacy.epsilon([mechanism])
+        if not epsilon <= limit * (1 + 1e-9):  # unknown (NaN) means refused
+            raise SiteRefusal(code, f"it would cost ε={epsilon:.3f}, above policy.max_{code}={limit:g}")
+
+
+def check_moment(site: SiteFile, now: datetime) -> None:
+    """Refuse what is asked outside of working hours, or after the budget's last day.
+
+    Raises:
+        SiteRefusal: `outside_hours` or `budget_expired`.
+    """
+    if site.policy is not None and site.policy.hours is not None and not site.policy.hours.cover(now):
+        raise SiteRefusal("outside_hours", f"{now.isoformat()} is outside of policy.hours")
+    if site.budget is not None and site.budget.expired(now):
+        raise SiteRefusal("budget_expired", f"the budget expired on {site.budget.expires}, it is {now.isoformat()}")
+
+
+def _check_work(plan: ClientPlan, policy: SitePolicy) -> None:
+    """Refuse too much work, and kinds of work that the policy does not list."""
+    for code, asked, limit, name in (
+        ("too_many_rounds", plan.rounds, policy.max_rounds, "policy.max_rounds"),
+        ("too_many_steps", plan.local.steps, policy.max_steps_per_round, "policy.max_steps_per_round"),
+        ("rank_too_large", plan.peft.rank, policy.max_rank, "policy.max_rank"),
+    ):
+        if asked > limit:
+            raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
+    if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
+        raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
+    codec = getattr(getattr(plan, "quantization", None), "kind", "none")
+    if policy.quantization is not None and codec not in (*policy.quantization, "none"):
+        raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
+
+
+def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy, simulated: bool) -> None:
     asked = local_privacy(plan.privacy)
     seeds = [each.insecure_seed for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
     if any(seed is not None for seed in seeds) and not simulated:
@@ -36,7 +98,13 @@ def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool =
             "insecure_seed",
             "the plan makes the noise repeatable, which real sites never do; set privacy.insecure_seed=null",
         )
-    if asked.kind == "none":
+    clips = [each.clip_norm for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
+    if any(clip > policy.max_clip_norm for clip in clips):
+        raise SiteRefusal(
+            "clip_norm_too_large",
+            f"clip norm {max(clips):g} is above this site's policy.max_clip_norm={policy.max_clip_norm:g}",
+        )
+    if isinstance(asked, NoPrivacy):
         if plan.privacy.kind == "client_level":
             _check_trust(policy)
         elif not policy.allow_no_privacy:
@@ -44,6 +112,10 @@ def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool =
                 "no_privacy", "the plan protects nothing and this site's policy.allow_no_privacy is false"
             )
         return
+    if asked.kind not in policy.privacy_modes:
+        raise SiteRefusal("mode_not_allowed", f"{asked.kind} is not among this site's policy.privacy_modes")
+    if asked.loss_noise_multiplier is not None and not policy.release_noisy_loss:
+        raise SiteRefusal("loss_not_allowed", "the plan releases the loss and policy.release_noisy_loss is false")
     if asked.kind == "user_level" and site.published_users is None:
         raise SiteRefusal("no_users", "this site publishes no count of users, so it takes no part in user-level runs")
     if site.budget is not None and site.budget.unit != _UNITS[asked.kind]:

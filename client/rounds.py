@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from client.policy import check_policy
+from client.policy import check_cost, check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
@@ -20,9 +20,10 @@ from privacy.accounting import RENYI, epsilon_of
 from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
 from protocol.codecs.build import sends_changes
-from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
+from protocol.errors import BudgetExceeded, LedgerUnusable, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
+from protocol.refusals import sentence
 from protocol.tensors import digest, layout_of, verify
 from strategies.base import LocalRound, LocalStart, Strategy
 from strategies.build import build_strategy
@@ -58,11 +59,11 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
     try:
         return _round(instruction, work)
     except SiteRefusal as refusal:
-        return _refusal(instruction, work, refusal.code, str(refusal))
+        return _refusal(instruction, work, refusal.code, refusal)
+    except LedgerUnusable as unusable:
+        return _refusal(instruction, work, "ledger_unusable", unusable)
     except BudgetExceeded as exceeded:
-        # The figures may depend on which data sets share a record, so they stay in the site's own log.
-        _log.warning("site %s: %s", work.file.name, exceeded)
-        return _refusal(instruction, work, "budget_exceeded", "the round would exceed this site's budget")
+        return _refusal(instruction, work, "budget_exceeded", exceeded)
 
 
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
@@ -80,6 +81,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     local = _local_round(instruction, adapted, strategy, state)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
+    check_cost(work.file, privacy)
     job = TrainingJob(work.file, header, adapted, trained_names, local, records.examples, records.units, privacy)
     check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
@@ -246,7 +248,8 @@ def _released(trained: Trained, job: TrainingJob) -> dict[str, float]:
     protected = job.header.plan.privacy.kind != "none"
     if trained.noisy_loss is not None:
         metrics["noisy_training_loss"] = trained.noisy_loss
-    if not protected and job.file.policy.release_training_loss:
+    policy = job.file.policy
+    if not protected and policy is not None and policy.release_training_loss:
         metrics["training_loss"] = trained.diagnostics.mean_loss
     return releasable(metrics, protected=protected)
 
@@ -275,7 +278,9 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     )
 
 
-def _refusal(instruction: Instruction, work: RoundWork, code: str, reason: str) -> Reply:
+def _refusal(instruction: Instruction, work: RoundWork, code: str, why: Exception) -> Reply:
+    """Return the refusal with its fixed sentence. The figures may depend on records, so they stay in the site's log."""
+    _log.warning("site %s refuses with %s: %s", work.file.name, code, why)
     return Reply(
         ReplyHeader(
             status="refused",
@@ -283,6 +288,6 @@ def _refusal(instruction: Instruction, work: RoundWork, code: str, reason: str) 
             round=instruction.header.round,
             plan_digest=instruction.header.plan_digest,
             code=code,
-            reason=reason,
+            reason=sentence(code),
         )
     )

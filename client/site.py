@@ -13,10 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
-from pydantic import ValidationError
 
 from client.rounds import RoundWork, SiteRecords, answer, rehearse
+from client.site_file import read_site_file
 from client.state import SiteState
 from client.units import Units, units_of
 from conf.schema.privacy import LocalPrivacy
@@ -26,7 +25,7 @@ from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, limit_rows, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
-from protocol.errors import ConfigError, DataError, SiteRefusal
+from protocol.errors import DataError, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, Reply, SiteCard
 
 __all__ = ["Site", "open_site", "read_site_file"]
@@ -46,7 +45,7 @@ class Site:
             simulated: allows repeatable noise; no site file can say so.
         """
         self.file = file
-        self._read = rows or self._training_rows
+        self._read = rows or self.read_records
         self._simulated = simulated
         self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
         self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
@@ -89,8 +88,8 @@ class Site:
         if "state" in self.__dict__:
             self.state.close()
 
-    def _training_rows(self) -> Sequence[Row]:
-        """Return the site's records; only a split column keeps some of them out of training."""
+    def read_records(self) -> Sequence[Row]:
+        """Return the records of `data.source`; only a split column keeps some of them out of training."""
         data = self.file.data
         rows = read_rows(data.source)
         if data.split_column is None:
@@ -143,23 +142,6 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         truncation=file.data.truncation,
         labels=file.task.labels,
     )
-
-
-def read_site_file(path: Path) -> SiteFile:
-    """Return a site file, read from YAML.
-
-    Raises:
-        ConfigError: missing, or invalid; every problem is named.
-    """
-    if not path.is_file():
-        raise ConfigError(f"site file {path} does not exist; a site without its own file allows nothing")
-    try:
-        return SiteFile.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"site file {path} is no YAML: {error}") from error
-    except ValidationError as error:
-        lines = [f"  - {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"site file {path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
 
 
 def open_site(path: Path) -> Site:

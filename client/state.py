@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from client.memory import SiteMemory
+from client.site_file import ledger_location
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
@@ -50,7 +51,7 @@ class SiteState:
                 "no_budget", "this site has no privacy budget; its operator must set one in the site file"
             )
         self._close_ledger()
-        where = self._site.ledger or self._folder / "ledger.db"
+        where = ledger_location(self._site)
         identity = identify(units.names, self.secret, units.marks)
         promised = Budget(budget.epsilon, budget.delta, budget.unit)
         ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)

@@ -8,6 +8,7 @@
     ├── ModelError         change the model or the adapter     (exit code 4)
     ├── PrivacyError       what was asked cannot be private    (exit code 5)
     │   ├── BudgetExceeded the budget does not cover it        (exit code 6)
+    │   ├── LedgerUnusable the books cannot be read or kept    (exit code 5)
     │   └── ReplayDiverged the same inputs gave another output (exit code 5)
     ├── SiteRefusal        a site says no, with a reason code  (exit code 7)
     ├── ReplyRejected      a reply failed verification         (exit code 8)
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "FederationError",
+    "LedgerUnusable",
     "ModelError",
     "PrivacyError",
     "ReplayDiverged",
@@ -66,6 +68,10 @@ class BudgetExceeded(PrivacyError):
     """Going on would spend more privacy than the budget holds."""
 
     exit_code = 6
+
+
+class LedgerUnusable(PrivacyError):
+    """The ledger cannot be opened, read or written, or is not as it was left; nothing may be spent."""
 
 
 class ReplayDiverged(PrivacyError):

@@ -20,6 +20,7 @@ from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
 from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
+from protocol.refusals import sentence
 from simulations.partition import partition, published_count, users_of
 
 __all__ = [
@@ -87,6 +88,10 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         data=experiment.data,
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
+            require_approval=False,
+            max_rounds=100_000,
+            max_steps_per_round=10_000,
+            max_rank=1024,
             allow_no_privacy=True,
             trust_server_noise=True,
             release_training_loss=experiment.federation.release_training_loss,
@@ -139,9 +144,7 @@ def simulated_site(context: Context) -> Site:
             data set on it through the run's configuration.
     """
     if not _inside_flower_simulation():
-        raise ConfigError(
-            "this node has no site file; start the SuperNode with --node-config 'site=\"/path/to/site.yaml\"'"
-        )
+        raise ConfigError(sentence("no_site"))
     stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
     experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
     position, nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))

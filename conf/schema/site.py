@@ -2,25 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import date, datetime, time, timedelta
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
 from conf.schema.task import CausalLM, Task
 
-__all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime", "WholeSiteBudget"]
+__all__ = [
+    "SiteBudget",
+    "SiteFile",
+    "SiteNode",
+    "SitePolicy",
+    "SiteRuntime",
+    "SiteServe",
+    "WholeSiteBudget",
+    "WorkingHours",
+]
+
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+_DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class SiteBudget(Frozen):
-    """The most one unit of this site may ever cost, over all runs."""
+    """The most one unit of this site's data set may ever cost, over all runs."""
 
     unit: Literal["record", "user"] = Field(
         default="record", description="what is counted; a plan that protects another unit is refused"
     )
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
+    expires: date | None = Field(default=None, description="the last day (UTC) on which it may be spent; null: no end")
+
+    def expired(self, now: datetime) -> bool:
+        """Return whether nothing of it may be spent any more; `now` is aware of its time zone."""
+        return self.expires is not None and now.astimezone(ZoneInfo("UTC")).date() > self.expires
+
+
+class WorkingHours(Frozen):
+    """When this site takes instructions. A window that ends before it starts runs past midnight."""
+
+    timezone: str = Field(default="UTC", description="of the IANA database, such as Europe/Berlin")
+    days: tuple[Day, ...] = Field(default=_DAYS, min_length=1, description="on which a window starts")
+    start: time = Field(description='"20:00", in quotes')
+    end: time = Field(description='"06:00", in quotes; the same as start: all day')
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (OSError, KeyError, ValueError) as error:  # a KeyError when there is none
+            raise ValueError(
+                f"{name!r} is no time zone of the IANA database; use a name such as Europe/Berlin"
+            ) from error
+        return name
+
+    @field_validator("start", "end", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError('YAML reads 18:00 as a number; write it in quotes: "18:00"')
+        return value
+
+    def cover(self, now: datetime) -> bool:
+        """Return whether a moment lies in a window; `now` is aware of its time zone."""
+        local = now.astimezone(ZoneInfo(self.timezone))
+        today, yesterday = (_DAYS[(local - timedelta(days=back)).weekday()] in self.days for back in (0, 1))
+        clock = local.time()
+        if self.start < self.end:
+            return today and self.start <= clock < self.end
+        return (today and clock >= self.start) or (yesterday and clock < self.end)
 
 
 class WholeSiteBudget(Frozen):
@@ -31,18 +87,45 @@ class WholeSiteBudget(Frozen):
 
 
 class SitePolicy(Frozen):
-    """What this site agrees to. The defaults agree to private training and release nothing else."""
+    """What this site agrees to. The defaults agree to approved, private training and release nothing else.
 
-    allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
-    release_training_loss: bool = Field(
-        default=False, description="send the local training loss in runs that protect nothing"
+    The stricter of policy and plan holds: what a plan asks beyond a line is refused, never adjusted.
+    """
+
+    require_approval: bool = Field(
+        default=True,
+        description="somebody must run `cloister site approve DIGEST` before the first round of each new experiment",
     )
+    privacy_modes: tuple[Literal["example_level", "user_level"], ...] = Field(
+        default=("example_level", "user_level"), description="what a plan may have this site enforce itself"
+    )
+    allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
     trust_server_noise: bool = Field(
         default=False,
         description="take part in client-level runs without protection of its own: the server sees this site's clipped "
         "update and is trusted to add the noise",
     )
+    min_noise_multiplier: float = Field(default=0.0, ge=0, description="noise std over clip norm, at least")
+    max_clip_norm: float = Field(default=1e6, gt=0)
+    max_epsilon_per_run: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
+    max_epsilon_per_round: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
+    release_noisy_loss: bool = Field(
+        default=True, description="allow plans that release the mean training loss with noise, charged to the budget"
+    )
+    release_training_loss: bool = Field(
+        default=False, description="send the local training loss in runs that protect nothing"
+    )
+    bases: tuple[Digest, ...] | None = Field(
+        default=None, description="SHA-256 digests of allowed bases; null: the one at model_path, and no other"
+    )
+    strategies: tuple[str, ...] | None = Field(default=None, description="such as fedit; null: any")
+    quantization: tuple[str, ...] | None = Field(
+        default=None, description="codecs an update may leave in, besides plain float32 (none); null: any"
+    )
+    max_rounds: int = Field(default=1000, ge=1)
     max_steps_per_round: int = Field(default=1000, ge=1)
+    max_rank: int = Field(default=256, ge=1, description="of LoRA; bounds memory, time and the size of an update")
+    hours: WorkingHours | None = Field(default=None, description="null: at any time")
 
 
 class SiteRuntime(Frozen):
@@ -60,6 +143,35 @@ class SiteRuntime(Frozen):
         description="recompute activations in the backward pass instead of keeping them: less memory, about a third "
         "more time; changes no number",
     )
+
+
+class SiteServe(Frozen):
+    """The site's own process, `cloister site serve`."""
+
+    socket: str | None = Field(
+        default=None, description="where it listens; null: run/site.sock in state_directory. In a folder of its own"
+    )
+    listen: Literal["auto", "unix", "tcp"] = Field(
+        default="auto",
+        description="tcp: a loopback port and a token, both in a file in place of the socket; auto: tcp where there "
+        "are no Unix sockets",
+    )
+    max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction")
+    stop_grace_s: float = Field(default=30.0, ge=0, description="how long a stop waits for a round under way")
+    min_free_mib: int = Field(default=64, ge=0, description="of state_directory's disk; below it nothing is started")
+    keep_replies: int = Field(default=64, ge=0, description="the latest, to repeat an answer that was lost on its way")
+    keep_replies_days: float = Field(default=30.0, gt=0)
+
+
+class SiteNode(Frozen):
+    """The Flower SuperNode of this site, `cloister site start`."""
+
+    superlink: str = Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$", description="the federation's server, HOST:PORT")
+    root_certificates: str | None = Field(default=None, description="PEM file of the server's CA; null: the system's")
+    insecure: bool = Field(default=False, description="no TLS: for trials on one machine")
+    private_key: str | None = Field(default=None, description="of node authentication, a NIST curve")
+    user: str | None = Field(default=None, description="run the SuperNode as this operating-system user; needs root")
+    port: int = Field(default=9094, ge=1, le=65535, description="loopback port between the SuperNode's own processes")
 
 
 class SiteFile(Frozen):
@@ -83,7 +195,7 @@ class SiteFile(Frozen):
         description="booked before training in client-level runs, in site_ledger.db of the state directory; null: this "
         "site books nothing for itself as a whole, and policy.trust_server_noise alone decides",
     )
-    policy: SitePolicy = SitePolicy()
+    policy: SitePolicy | None = Field(default=None, description="null: nothing is allowed")
     runtime: SiteRuntime = SiteRuntime()
     model_path: str = Field(
         min_length=1,
@@ -102,4 +214,18 @@ class SiteFile(Frozen):
         default=None,
         description="SQLAlchemy URL of the ledger, e.g. postgresql+psycopg://...; null: ledger.db in state_directory",
     )
-    state_directory: str = Field(min_length=1, description="where the ledger and the private diagnostics are kept")
+    state_directory: str = Field(
+        min_length=1, description="where keys, ledger, replies, approvals and the private diagnostics are kept"
+    )
+    serve: SiteServe = SiteServe()
+    node: SiteNode | None = Field(default=None, description="null: `cloister site start` has nothing to start")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _another_user_reaches_the_socket(self) -> Self:
+        if self.node is not None and self.node.user is not None and self.serve.socket is None:
+            raise ValueError(
+                f"node.user={self.node.user} cannot enter state_directory, where the socket is by default; set "
+                "serve.socket, such as /run/cloister/site.sock"
+            )
+        return self

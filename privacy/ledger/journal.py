@@ -14,7 +14,7 @@ from privacy.ledger.budget import Budget, budget_content, check_change, stored_b
 from privacy.ledger.chain import Entry, Kind, first_fault, seal
 from privacy.ledger.keys import SigningKey, open_private
 from privacy.ledger.store import Store, Transaction
-from protocol.errors import PrivacyError
+from protocol.errors import LedgerUnusable
 
 __all__ = ["Clock", "Journal", "Pen"]
 
@@ -59,7 +59,7 @@ class Journal:
                 set back to an older copy is noticed.
 
         Raises:
-            PrivacyError: the store cannot be opened.
+            LedgerUnusable: the store cannot be opened.
         """
         self._store = Store(location)
         self._key = key
@@ -72,7 +72,7 @@ class Journal:
         """Hold the journal alone; when the block ends without an error, what was written is on disk.
 
         Raises:
-            PrivacyError: the chain is broken.
+            LedgerUnusable: the chain is broken, or the database fails.
         """
         with self._store.writing() as transaction:
             pen = Pen(transaction, self._checked(transaction), self._key, self._clock)
@@ -84,7 +84,7 @@ class Journal:
         """See one state of the journal.
 
         Raises:
-            PrivacyError: the chain is broken.
+            LedgerUnusable: the chain is broken, or the database fails.
         """
         with self._store.reading() as transaction:
             yield transaction, self._checked(transaction)
@@ -108,7 +108,7 @@ class Journal:
         entries = transaction.entries()
         fault = first_fault(entries, self._key.verifying, self._trusted)
         if fault is not None:
-            raise PrivacyError(
+            raise LedgerUnusable(
                 f"the ledger at {self._store.name} is not as it was written: {fault.text}. Nothing is booked on it; "
                 "look with: cloister ledger verify, and restore a backup (the keys included)"
             )
@@ -116,7 +116,7 @@ class Journal:
         if self._head_file is not None and self._head_file.exists():
             noted = self._head_file.read_text(errors="replace").strip()
             if noted not in self._trusted:
-                raise PrivacyError(
+                raise LedgerUnusable(
                     f"the ledger at {self._store.name} lacks the entry {noted[:12]} that {self._head_file} notes: it "
                     "was lost, cut, or set back to an older copy, and would forget what was spent since; restore the "
                     "newest copy"
@@ -128,8 +128,12 @@ class Journal:
         if self._head_file is None or not entries:
             return
         partial = self._head_file.with_name(f".{self._head_file.name}.{os.getpid()}.{threading.get_ident()}")
-        with open_private(partial, "w") as stream:
-            stream.write(entries[-1].hash + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self._head_file)
+        try:
+            with open_private(partial, "w") as stream:
+                stream.write(entries[-1].hash + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self._head_file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise LedgerUnusable(f"{self._head_file} cannot be written: {error.strerror}; free the disk") from error

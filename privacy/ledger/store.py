@@ -34,7 +34,7 @@ from sqlalchemy.types import NullType
 
 from privacy.identity import DataIdentity
 from privacy.ledger.chain import Entry
-from protocol.errors import PrivacyError
+from protocol.errors import LedgerUnusable, PrivacyError
 
 __all__ = ["Snapshot", "Store", "Transaction"]
 
@@ -119,7 +119,7 @@ class Transaction:
         for name, value in row.items():
             expected = int if name in ("sequence", "schema_version") else str
             if not isinstance(value, expected):
-                raise PrivacyError(
+                raise LedgerUnusable(
                     f"the ledger at {self._name} is not as it was written: entry {row['sequence']} holds "
                     f"{type(value).__name__} where {expected.__name__} belongs, in its column {name}; restore a backup"
                 )
@@ -127,7 +127,7 @@ class Transaction:
 
     def _data_set(self, fingerprint: object, units: object) -> DataIdentity:
         if not (isinstance(fingerprint, str) and isinstance(units, bytes)):
-            raise PrivacyError(
+            raise LedgerUnusable(
                 f"the ledger at {self._name} is not as it was written: the units of data set {str(fingerprint)[:12]} "
                 f"are {type(units).__name__}, not bytes; restore a backup"
             )
@@ -184,7 +184,7 @@ class Store:
             if connection.dialect.name == "sqlite":
                 found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one())
                 if found != "ok":
-                    raise PrivacyError(
+                    raise LedgerUnusable(
                         f"the ledger at {self.name} is damaged: {' '.join(found.split())}; restore a backup"
                     )
             transaction = Transaction(connection, self.name)
@@ -205,7 +205,7 @@ class Store:
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:
             damaged = any(word in _reason(error) for word in ("malformed", "corrupt", "not a database"))
             fix = "; it is damaged or no ledger: restore a backup" if damaged else ""
-            raise PrivacyError(f"the ledger at {self.name} cannot be {done}: {_reason(error)}{fix}") from error
+            raise LedgerUnusable(f"the ledger at {self.name} cannot be {done}: {_reason(error)}{fix}") from error
 
 
 def _url(location: str | Path) -> URL:
@@ -323,7 +323,7 @@ def _check_layout(connection: Connection, name: str) -> None:
             raise PrivacyError(f"there is no ledger at {name}; make one with: cloister ledger init")
         found = {column["name"] for column in inspector.get_columns(table.name)}
         if found != set(table.columns.keys()):
-            raise PrivacyError(
+            raise LedgerUnusable(
                 f"the table {table.name} at {name} has another layout than this release writes; read it with the "
                 "release that wrote it, and keep the ledger elsewhere"
             )

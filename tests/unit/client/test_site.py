@@ -211,6 +211,7 @@ def test_a_server_cannot_test_for_labels(tmp_path: Path, small: Make, instruct: 
             "model_path": "embedded:clinic-base",
             "task": {"kind": "classification", "labels": ["flu", "measles", "hiv"]},
             "budget": {"epsilon": 8, "delta": 1e-3},
+            "policy": {},
             "data": data,
             "state_directory": str(tmp_path / "state"),
         }

@@ -1,0 +1,190 @@
+"""Whether a site is ready: each thing it needs, tried, with what to do where it fails. Spends nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from client.bundles import BUNDLES_FILE, allowed_bundles
+from client.door import CARD
+from client.health import check_books, check_space
+from client.listening import check_folder
+from client.relay import relay
+from client.site import Site, tokenize_site
+from client.site_file import socket_path
+from client.units import units_of
+from conf.schema.model import LoRA, Model
+from conf.schema.privacy import UserLevel
+from conf.schema.site import SiteFile, SiteNode
+from finetuning.adapters import attach
+from finetuning.models import load_base
+from privacy.ledger.keys import SECRET_FILE, SIGNING_KEY_FILE, load_or_create_keys
+from protocol.errors import CloisterError, ConfigError
+from protocol.records import record_to_card
+
+__all__ = ["Outcome", "check_site"]
+
+_REACH_S = 5.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check. None: it does not apply."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    fix: str
+
+
+def check_site(file: SiteFile, now: datetime) -> Iterator[Outcome]:
+    """Yield the outcome of each check, in an order in which the first failure is the one to mend first.
+
+    Args:
+        file: the site's own file.
+        now: aware of its time zone.
+    """
+    checks: tuple[tuple[str, Callable[[], str | None], str], ...] = (
+        ("policy", lambda: _policy(file), "write the policy section; cloister site init shows every line"),
+        ("budget", lambda: _budget(file, now), "set budget.epsilon, budget.delta and budget.expires"),
+        ("disk", lambda: f"{check_space(_with_folder(file))} MiB free", "free the disk, or lower serve.min_free_mib"),
+        ("keys", lambda: _keys(file), "restore the keys from a backup; mode 0600, the state directory 0700"),
+        (
+            "ledger and clock",
+            lambda: f"{check_books(file, now)} entries, each hash and signature verified",
+            "cloister ledger verify --site site.yaml; restore the newest copy; set the clock by NTP",
+        ),
+        ("model", lambda: _model(file), "install the model's files at model_path; compare digests with the server"),
+        ("data", lambda: _data(file), "mend data.source, data.columns, published_records or the records"),
+        ("socket", lambda: _socket(file), "end a process that hangs; give the socket a folder of its own"),
+        ("node", lambda: _node(file), "mend node.user, node.private_key (mode 0600), node.root_certificates"),
+        ("server", lambda: _server(file), "check address, firewall and certificate with the server's operator"),
+        ("bundles", lambda: _bundles(file), "cloister site allow-bundle"),
+    )
+    for name, check, fix in checks:
+        try:
+            detail = check()
+        except (CloisterError, OSError) as error:
+            yield Outcome(name, False, str(error), fix)
+        else:
+            yield Outcome(name, None if detail is None else True, detail or "not configured", fix)
+
+
+def _policy(file: SiteFile) -> str:
+    if file.policy is None:
+        raise ConfigError("the site file has no policy section, so every instruction is refused")
+    approval = "each experiment needs approval" if file.policy.require_approval else "no approval is needed"
+    return f"{', '.join(file.policy.privacy_modes) or 'no local privacy mode'}; {approval}"
+
+
+def _budget(file: SiteFile, now: datetime) -> str | None:
+    budget = file.budget
+    if budget is None:
+        return None
+    if budget.expired(now):
+        raise ConfigError(f"the budget expired on {budget.expires}")
+    return f"ε={budget.epsilon:g} at δ={budget.delta:.3g} per {budget.unit}, until {budget.expires or 'further notice'}"
+
+
+def _with_folder(file: SiteFile) -> SiteFile:
+    Path(file.state_directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    return file
+
+
+def _keys(file: SiteFile) -> str:
+    folder = Path(file.state_directory)
+    mode = folder.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ConfigError(f"{folder} has mode {mode:04o}, others can look into it; run: chmod 700 {folder}")
+    if not (folder / SIGNING_KEY_FILE).exists() and not (folder / SECRET_FILE).exists():
+        return "none yet; the first round makes them"
+    return f"ledger key {load_or_create_keys(folder).signing.key_id}"
+
+
+def _model(file: SiteFile) -> str:
+    digest = load_base(Model(path=file.model_path), file.task, file.runtime.device).digest
+    if file.policy is not None and file.policy.bases is not None and digest not in file.policy.bases:
+        raise ConfigError(f"the base has digest {digest}, which is not among policy.bases")
+    return f"digest {digest}"
+
+
+def _data(file: SiteFile) -> str:
+    base = load_base(Model(path=file.model_path), file.task, file.runtime.device)
+    rows = Site(file).read_records()
+    tokenized = tokenize_site(file, rows, attach(base, LoRA(), file.task))
+    count = len(tokenized.examples)
+    if count > file.published_records:
+        raise ConfigError(f"{count} records are more than published_records={file.published_records}; publish more")
+    if file.published_users is None:
+        return f"{count} records fit the schema (a figure for you alone)"
+    users = len(units_of(rows, UserLevel(), file.data, b""))
+    if users > file.published_users:
+        raise ConfigError(f"{users} users are more than published_users={file.published_users}; publish more")
+    return f"{count} records of {users} users fit the schema (figures for you alone)"
+
+
+def _socket(file: SiteFile) -> str:
+    path, lock = socket_path(file), Path(file.state_directory) / "serve.lock"
+    check_folder(file)
+    if not lock.exists() or _is_free(lock):
+        return f"{path}; no process serves this site now"
+    card = record_to_card(relay(path, CARD, RecordDict(), silence_s=_REACH_S))
+    return f"{path}; {card.site} answers"
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def _node(file: SiteFile) -> str | None:
+    node = file.node
+    if node is None:
+        return None
+    for path in (node.root_certificates, node.private_key):
+        if path is not None:
+            Path(path).read_bytes()
+    if node.private_key is not None and Path(node.private_key).stat().st_mode & 0o077:
+        raise ConfigError(f"others can read {node.private_key}; run: chmod 600 {node.private_key}")
+    if node.insecure:
+        return "no TLS: for trials on one machine only"
+    return "TLS" if node.private_key is None else "TLS and node key"
+
+
+def _server(file: SiteFile) -> str | None:
+    node = file.node
+    if node is None:
+        return None
+    host, _, port = node.superlink.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=_REACH_S) as connection:
+        if node.insecure:
+            return f"{node.superlink} accepts connections"
+        return _tls(connection, host, node)
+
+
+def _tls(connection: socket.socket, host: str, node: SiteNode) -> str:
+    context = ssl.create_default_context(cafile=node.root_certificates)
+    with context.wrap_socket(connection, server_hostname=host) as secured:
+        return f"{node.superlink} has a valid certificate, {secured.version()}"
+
+
+def _bundles(file: SiteFile) -> str | None:
+    if file.node is None:
+        return None
+    path = Path(file.state_directory) / BUNDLES_FILE
+    if not path.exists():
+        return "no list yet; cloister site start makes it with this release's own bundle"
+    if not allowed_bundles(path):
+        raise ConfigError(f"{path} lists no digest, so no message from a server is ever answered")
+    return f"{len(allowed_bundles(path))} allowed"

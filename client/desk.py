@@ -1,0 +1,97 @@
+"""One instruction at a time, with everything that surrounds a round: approval, hours, books, and the stored replies.
+
+The order matters. What the file forbids is refused first; then an answer that already left is repeated, which costs
+nothing; only then is it checked whether the site is in a state to spend.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from client.approvals import Approvals
+from client.door import CARD, answer_at_door
+from client.health import check_books, check_space
+from client.policy import check_moment, check_policy
+from client.replies import ReplyStore
+from client.site import Site
+from protocol.errors import SiteRefusal
+from protocol.frames import decode_frame, encode_frame, refusal_record
+from protocol.instructions import Instruction, Reply
+from protocol.records import record_to_reply, reply_to_record
+
+__all__ = ["ANSWER", "Desk"]
+
+ANSWER = "answer"
+"""The kind of every frame that leaves."""
+
+_log = logging.getLogger(__name__)
+
+
+class Desk:
+    """A site as its own process serves it."""
+
+    def __init__(self, site: Site, clock: Callable[[], datetime]) -> None:
+        """Open the desk.
+
+        Args:
+            site: what answers.
+            clock: aware of its time zone.
+        """
+        self._site, self._clock = site, clock
+        folder, serve = Path(site.file.state_directory), site.file.serve
+        self._approvals = Approvals(folder / "approvals", clock)
+        self._replies = ReplyStore(
+            folder / "replies",
+            keep=serve.keep_replies,
+            keep_s=timedelta(days=serve.keep_replies_days).total_seconds(),
+            clock=lambda: clock().timestamp(),
+        )
+        self._at_work = threading.Lock()
+        self._stopping = threading.Event()
+
+    def answer(self, frame: bytes) -> bytes:
+        """Return the frame that answers a frame. Cards are given at any time, instructions are worked on one by one."""
+        site = self._site
+        try:
+            kind, record = decode_frame(frame)
+            if kind == CARD:
+                return encode_frame(ANSWER, answer_at_door(site, kind, record))
+            if not self._at_work.acquire(blocking=False):
+                raise SiteRefusal("busy", "another instruction is being worked on")
+        except SiteRefusal as refusal:
+            _log.warning("site %s refuses with %s: %s", site.file.name, refusal.code, refusal)
+            return encode_frame(ANSWER, refusal_record(refusal.code, site.file.name))
+        try:
+            return encode_frame(ANSWER, answer_at_door(site, kind, record, self._handle))
+        finally:
+            self._at_work.release()
+
+    def stop(self, grace_s: float) -> bool:
+        """Take no more instructions, wait for the one under way, and return whether none is left."""
+        self._stopping.set()
+        return self._at_work.acquire(timeout=grace_s)
+
+    def _handle(self, instruction: Instruction) -> Reply:
+        header, file = instruction.header, self._site.file
+        if self._stopping.is_set():
+            raise SiteRefusal("stopping", "the process was told to stop")
+        check_policy(file, header, simulated=self._site.work().simulated)
+        if file.policy is not None and file.policy.require_approval:
+            self._approvals.check(header.plan.digest, header.plan.model_dump(mode="json"))
+        stored = self._replies.find(header)
+        if stored is not None:
+            _log.info("round %d of run %r: the stored reply is sent again", header.round, header.plan.run)
+            return record_to_reply(decode_frame(stored)[1])
+        now = self._clock()
+        check_moment(file, now)
+        check_space(file)
+        check_books(file, now)
+        _log.info("round %d of run %r begins", header.round, header.plan.run)
+        reply = self._site.handle(instruction)
+        if reply.header.status == "trained":
+            self._replies.put(header, encode_frame(ANSWER, reply_to_record(reply)))
+        return reply

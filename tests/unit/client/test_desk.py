@@ -1,0 +1,186 @@
+"""What surrounds a round at a served site: approval, hours, expiry, clock, disk, and the stored replies."""
+
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from client.approvals import Approvals
+from client.desk import ANSWER, Desk
+from client.replies import ReplyStore
+from client.site import Site
+from conf.schema.site import SiteBudget, WorkingHours
+from protocol.errors import ConfigError, SiteRefusal
+from protocol.frames import decode_frame, encode_frame
+from protocol.instructions import Instruction, Reply
+from protocol.records import instruction_to_record, record_to_reply
+from protocol.refusals import REFUSALS
+
+Make = Callable[..., Any]
+NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
+"""A Monday, long before any ledger of these tests is written."""
+
+
+@pytest.fixture
+def desk_of(make_site: Make, small: Make) -> Make:
+    """A desk over a simulated site's file with some sections replaced, at a given time."""
+
+    def make(at: datetime | None = None, **sections: Any) -> tuple[Desk, Site]:
+        now = at or datetime.now(UTC)
+        site = make_site(small())
+        policy = site.file.policy.model_copy(update=sections.pop("policy", {}))
+        changed = site.file.model_copy(update={"policy": policy, **sections})
+        opened = Site(changed, rows=site._read, simulated=True)
+        return Desk(opened, lambda: now), opened
+
+    return make
+
+
+def ask(desk: Desk, instruction: Instruction) -> Reply:
+    kind, record = decode_frame(desk.answer(encode_frame("train", instruction_to_record(instruction))))
+    assert kind == ANSWER
+    return record_to_reply(record)
+
+
+def code(reply: Reply) -> str:
+    assert reply.header.reason == (REFUSALS[reply.header.code].told if reply.header.code else "")
+    return reply.header.code
+
+
+def test_a_site_without_a_policy_refuses_everything(desk_of: Make, small: Make, instruct: Make) -> None:
+    _, site = desk_of()
+    desk = Desk(Site(site.file.model_copy(update={"policy": None})), lambda: NOW)
+    assert code(ask(desk, instruct(small()))) == "no_policy"
+
+
+def test_a_new_experiment_waits_for_somebodys_approval(
+    desk_of: Make, small: Make, instruct: Make, tmp_path: Path
+) -> None:
+    desk, site = desk_of(policy={"require_approval": True})
+    asked = instruct(small())
+    assert code(ask(desk, asked)) == "not_approved"
+    approvals = Approvals(Path(site.file.state_directory) / "approvals", lambda: NOW)
+    (waiting,) = approvals.all()
+    assert (waiting.digest, waiting.state, waiting.plan["run"]) == (asked.header.plan.digest, "pending", "run")
+
+    approvals.decide(waiting.digest[:8], "approved")
+    assert ask(desk, asked).header.status == "trained"
+    assert code(ask(desk, instruct(small(), run="other"))) == "not_approved", "each experiment anew"
+    approvals.decide(waiting.digest, "revoked")
+    assert code(ask(desk, asked)) == "not_approved", "also what was answered before"
+
+
+def test_approvals_take_whole_digests_and_unambiguous_ones(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path / "approvals", lambda: NOW)
+    assert approvals.decide("a" * 64, "approved").plan == {}
+    approvals.check("a" * 64, {"run": "x"})
+    for wrong in ("abc", "../../../etc/passwd", "A" * 64):
+        with pytest.raises(ConfigError, match="is no digest; give 8 to 64"):
+            approvals.decide(wrong, "approved")
+    with pytest.raises(ConfigError, match="0 experiments start with bbbbbbbb"):
+        approvals.decide("b" * 8, "approved")
+    approvals.decide("a" * 63 + "b", "approved")
+    with pytest.raises(ConfigError, match="2 experiments start with aaaaaaaa"):
+        approvals.decide("a" * 8, "revoked")
+
+
+def test_a_server_that_invents_plans_does_not_fill_the_disk(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path, lambda: NOW)
+    for number in range(130):
+        with pytest.raises(SiteRefusal, match="is not approved"):
+            approvals.check(f"{number:064x}", {})
+    assert len(approvals.all()) == 100
+
+
+def test_hours_expiry_clock_and_disk(desk_of: Make, small: Make, instruct: Make) -> None:
+    asked = instruct(small())
+    nights = WorkingHours(timezone="Europe/Berlin", start="20:00", end="06:00")  # type: ignore[arg-type]
+    assert code(ask(desk_of(NOW, policy={"hours": nights})[0], asked)) == "outside_hours"
+    expired = SiteBudget(epsilon=8, delta=1e-3, expires=date(2026, 3, 1))
+    assert code(ask(desk_of(NOW, budget=expired)[0], asked)) == "budget_expired"
+
+    _, site = desk_of()
+    full = site.file.model_copy(update={"serve": site.file.serve.model_copy(update={"min_free_mib": 10**9})})
+    Path(full.state_directory).mkdir(parents=True, exist_ok=True)
+    assert code(ask(Desk(Site(full, simulated=True), lambda: NOW), asked)) == "no_space"
+
+    desk, site = desk_of(datetime.now(UTC))
+    assert ask(desk, asked).header.status == "trained"
+    spent = site.state.spent()
+    back = Desk(site, lambda: datetime.now(UTC) - timedelta(hours=1))
+    assert code(ask(back, instruct(small(), 2))) == "clock"
+    assert site.state.spent() == spent
+
+
+def test_a_stored_reply_costs_nothing_and_another_question_is_refused(
+    desk_of: Make, small: Make, instruct: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk, site = desk_of()
+    first = ask(desk, instruct(small()))
+    (stored,) = (Path(site.file.state_directory) / "replies").iterdir()
+    again = ask(desk, instruct(small()))
+    assert first.header == again.header
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
+    nudged = {name: tensor + 1 for name, tensor in instruct(small()).tensors.items()}
+    base = instruct(small())
+    other = instruct(small(), adapter={**full_adapter(small, instruct), **nudged})
+    assert other.header.adapter_digest != base.header.adapter_digest
+    assert code(ask(desk, other)) == "replay_mismatch"
+
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    repeated = ask(desk, instruct(small()))
+    assert "is damaged; the round is executed again" in caplog.text
+    assert repeated.header == first.header, "the same noise, and no further cost"
+
+
+def full_adapter(small: Make, instruct: Make) -> dict[str, Any]:
+    from finetuning.adapters import attach
+    from finetuning.models import load_base
+
+    experiment = small()
+    adapted = attach(load_base(experiment.model, experiment.task, "cpu"), experiment.peft, experiment.task)
+    return dict(adapted.initial(experiment.seed))
+
+
+def test_old_replies_are_removed_by_number_and_by_age(tmp_path: Path, instruct: Make, small: Make) -> None:
+    now = [datetime.now(UTC).timestamp()]
+    store = ReplyStore(tmp_path, keep=2, keep_s=60, clock=lambda: now[0])
+    headers = [instruct(small("federation.rounds=9"), number).header for number in range(1, 5)]
+    for header in headers[:3]:
+        store.put(header, b"body")
+    assert len(list(tmp_path.iterdir())) == 2
+    now[0] += 120
+    store.put(headers[3], b"new")
+    assert store.find(headers[2]) is None
+    assert not list(tmp_path.iterdir()), "younger than the clock of the store says, so it went too"
+
+
+def test_a_disk_that_is_full_does_not_lose_an_answer(
+    tmp_path: Path, instruct: Make, small: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ReplyStore(tmp_path / "replies", keep=2, keep_s=60, clock=lambda: 0.0)
+    (tmp_path / "replies").rmdir()
+    store.put(instruct(small()).header, b"body")
+    assert "the reply could not be stored" in caplog.text
+
+
+def test_a_desk_that_stops_takes_nothing_more(desk_of: Make, small: Make, instruct: Make) -> None:
+    desk, _ = desk_of()
+    assert desk.stop(0.0)
+    assert code(ask(desk, instruct(small()))) == "busy"
+
+
+def test_neither_garbage_nor_another_kind_breaks_a_desk(desk_of: Make) -> None:
+    desk, _ = desk_of()
+    for frame in (b"", b"\xff" * 40, encode_frame("train.code", instruction_record())):
+        record = decode_frame(desk.answer(frame))[1]
+        assert record_to_reply(record).header.code == "malformed_instruction"
+
+
+def instruction_record() -> Any:
+    from flwr.app import RecordDict
+
+    return RecordDict()
