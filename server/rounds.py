@@ -145,7 +145,7 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(frozenset(adapter), round_number), round_number)
+    adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(run.names, round_number), round_number)
     assignments = _assignments(run, round_number, replace(progress, adapter=adapter), cohort)
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
-from conf.schema.strategy import Strategy
+from conf.schema.strategy_rules import (
+    STRATEGY_VARIANTS,
+    both_factors_under_noise,
+    correlated_noise_needs_fixed_coordinates,
+    folding_needs_no_dora,
+    heads_divide_the_rank,
+    no_global_model,
+    one_factor_needs_no_dora,
+    site_ranks_need_a_strategy,
+    starts_anew,
+)
 from conf.schema.wire import NF4, Lattice, SignSGD, TopK
 
 if TYPE_CHECKING:
@@ -22,9 +32,8 @@ FEW_SITES = 100
 LARGE_DELTA = 1e-3
 """δ above which a promise is worth a warning."""
 
-_VARIANTS: tuple[Any, ...] = get_args(get_args(Strategy)[0])
 LINEAR_STRATEGIES: tuple[str, ...] = tuple(
-    variant.model_fields["kind"].default for variant in _VARIANTS if variant.is_linear
+    variant.model_fields["kind"].default for variant in STRATEGY_VARIANTS if variant.is_linear
 )
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
 
@@ -103,49 +112,6 @@ def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
     )
 
 
-def one_factor_needs_no_dora(experiment: Experiment) -> str | None:
-    """The mean of one factor is exact only when that factor is all that moves in its layer."""
-    strategy = experiment.strategy
-    if strategy.trains == "both" or not experiment.peft.dora:
-        return None
-    if strategy.trains == "cores":
-        return f"strategy={strategy.kind} trains cores between the factors, which DoRA cannot norm; use peft.dora=false"
-    return (
-        f"strategy={strategy.kind} trains one factor at a time, peft.dora=true adds a magnitude; use strategy=fedit or "
-        "peft.dora=false"
-    )
-
-
-def heads_divide_the_rank(experiment: Experiment) -> str | None:
-    """Every core is as large as the others."""
-    cores, rank = experiment.strategy.cores, experiment.peft.rank
-    if cores == 0 or rank % cores == 0:
-        return None
-    return f"strategy.heads={cores} does not divide peft.rank={rank}; use a rank of {cores * max(1, rank // cores)}"
-
-
-def folding_needs_no_dora(experiment: Experiment) -> str | None:
-    """DoRA normalizes W₀ + BA, and knows nothing of what was folded beside it."""
-    strategy = experiment.strategy
-    if not strategy.folds or not experiment.peft.dora:
-        return None
-    return f"strategy={strategy.kind} folds products beside the base, which peft.dora=true ignores; use peft.dora=false"
-
-
-def site_ranks_need_a_strategy(experiment: Experiment) -> str | None:
-    """Sites of lower ranks need a rule for factors of different sizes, and a rank above theirs."""
-    ranks, strategy, rank = experiment.federation.site_ranks, experiment.strategy, experiment.peft.rank
-    if ranks is None or all(each >= rank for each in ranks):
-        return None
-    if not strategy.takes_ranks:
-        takers = ", ".join(variant.model_fields["kind"].default for variant in _VARIANTS if variant.takes_ranks)
-        return (
-            f"federation.site_ranks={list(ranks)} has ranks below peft.rank={rank}, which strategy={strategy.kind} "
-            f"cannot combine; use one of {takers}"
-        )
-    return None
-
-
 def poisson_needs_client_level(experiment: Experiment) -> str | None:
     """A secret cohort amplifies the privacy of a whole site, with fresh noise in every round, and nothing else."""
     federation, privacy = experiment.federation, experiment.privacy
@@ -181,17 +147,6 @@ def client_level_needs_a_sum(experiment: Experiment) -> str | None:
     return (
         f"privacy=client_level needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not {strategy}; "
         "use strategy=ffa_lora"
-    )
-
-
-def correlated_noise_needs_fixed_coordinates(experiment: Experiment) -> str | None:
-    """Noise that later rounds take back must meet the same values again."""
-    privacy, strategy = experiment.privacy, experiment.strategy
-    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent" or not strategy.turns_coordinates:
-        return None
-    return (
-        f"privacy.noise.kind={privacy.noise.kind} cancels over rounds, and the values that strategy={strategy.kind} "
-        "sums are others in every round; use noise.kind=independent, or strategy=ffa_lora"
     )
 
 
@@ -363,31 +318,6 @@ def _high_epsilon(experiment: Experiment) -> str | None:
     return None
 
 
-def _both_factors_under_noise(experiment: Experiment) -> str | None:
-    strategy = experiment.strategy
-    if experiment.privacy.kind != "none" and strategy.trains == "both":
-        return f"strategy={strategy.kind} noises both LoRA factors and the noises multiply; ffa_lora is steadier"
-    return None
-
-
-def _starts_anew(experiment: Experiment) -> str | None:
-    if experiment.privacy.kind != "none" and experiment.strategy.kind == "flora":
-        return (
-            "strategy=flora starts from B = 0 in every round, so each round's noise meets factors that have learned "
-            "nothing yet; fedsvd is exact too, and goes on from what was learned"
-        )
-    return None
-
-
-def _no_global_model(experiment: Experiment) -> str | None:
-    if experiment.strategy.kind == "fedsa":
-        return (
-            "strategy=fedsa has no global model: every site keeps its own B, and what the server evaluates and exports "
-            "holds A alone, which computes the base"
-        )
-    return None
-
-
 def _errors_that_stay(experiment: Experiment) -> str | None:
     quantization = experiment.quantization
     lossy = isinstance(quantization, NF4) or (
@@ -441,10 +371,10 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
     _high_epsilon,
-    _both_factors_under_noise,
+    both_factors_under_noise,
+    starts_anew,
+    no_global_model,
     _errors_that_stay,
-    _starts_anew,
-    _no_global_model,
     _large_delta,
     _few_whole_sites,
     _correlation_without_rest,
