@@ -21,11 +21,11 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
     plan, policy = header.plan, site.policy
     if header.round > plan.rounds:
         raise SiteRefusal("round_out_of_plan", f"round {header.round} is beyond the {plan.rounds} rounds of the plan")
-    if plan.local.steps > policy.max_steps_per_round:
+    steps = min(plan.local.steps, site.runtime.steps_per_round or plan.local.steps)
+    if steps > policy.max_steps_per_round:
         raise SiteRefusal(
             "too_many_steps",
-            f"{plan.local.steps} steps per round are above this site's policy.max_steps_per_round="
-            f"{policy.max_steps_per_round}",
+            f"{steps} steps per round are above this site's policy.max_steps_per_round={policy.max_steps_per_round}",
         )
     if plan.task != site.task:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")

@@ -19,6 +19,7 @@ from flwr.superlink.grid import InMemoryGrid
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
+from server.collect import Waiting
 from server.evaluation import build_evaluator
 from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
 from server.rounds import Outcome, run_federation
@@ -41,6 +42,8 @@ class Launch:
     """How many sites must be connected; None takes `federation.expected_sites`."""
     waits_forever: bool = False
     """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
+    waiting: Waiting | None = None
+    """How time passes while replies are awaited; None: as everywhere."""
 
 
 def serve(grid: Grid, launch: Launch) -> Outcome:
@@ -58,7 +61,14 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
         expected = launch.expected_sites or experiment.federation.expected_sites
         timeout_s = math.inf if launch.waits_forever else experiment.federation.reply_timeout_s
         return run_federation(
-            grid, experiment, evaluator, directory, observe, expected_sites=expected, timeout_s=timeout_s
+            grid,
+            experiment,
+            evaluator,
+            directory,
+            observe,
+            expected_sites=expected,
+            timeout_s=timeout_s,
+            waiting=launch.waiting,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -18,11 +18,19 @@ from protocol.tensors import Layout, NamedTensors, verify
 from server.cohort import Member
 from server.events import SiteReplied
 
-__all__ = ["Assignment", "Collected", "collect"]
+__all__ = ["POLL_S", "Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "pull_one", "unused"]
 
-_POLL_S = 0.2
+POLL_S = 0.2
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How time passes while replies are awaited. A simulation has a clock of its own."""
+
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,7 @@ def collect(
     observe: Callable[[SiteReplied], None],
     *,
     timeout_s: float,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    waiting_by: Waiting | None = None,
 ) -> Collected:
     """Send each site of the cohort its instruction and hand each verified reply to `accept`, as it arrives.
 
@@ -66,9 +73,9 @@ def collect(
         accept: takes a site's name, its verified reply and the tensors it was sent.
         observe: takes what became of each site's reply.
         timeout_s: how long to wait for all replies together.
-        clock: seconds.
-        sleep: waits that many seconds.
+        waiting_by: the clock and the sleep; None: the machine's.
     """
+    clock, sleep = (waiting_by or Waiting()).clock, (waiting_by or Waiting()).sleep
     # One record for all that share an assignment: Flower stores and sends its tensors once.
     records = {id(each): instruction_to_record(each.instruction) for each in assignments.values()}
     asked = {site: (each, payload_bytes(records[id(each)])) for site, each in assignments.items()}
@@ -82,28 +89,39 @@ def collect(
     counts = {True: 0, False: 0}
     aggregating, began = 0.0, clock()
     while waiting and clock() - began < timeout_s:
-        arrived = _pull_one(grid, waiting)
+        arrived = pull_one(grid, waiting)
         if arrived is None:
-            sleep(_POLL_S)
+            sleep(POLL_S)
             continue
         identifier, message = arrived
         site = waiting.pop(identifier)
         assignment, bytes_down = asked[site]
-        outcome, reply = _judged(message, site, assignment.instruction, assignment.expected, bytes_down)
+        outcome, reply = judged(message, site, assignment.instruction, assignment.expected, bytes_down)
         if reply is not None:
             folding = clock()
-            accept(site, reply, assignment.instruction.tensors)
+            outcome = accepted(outcome, reply, accept, assignment.instruction.tensors)
             aggregating += clock() - folding
         counts[outcome.accepted] += 1
         observe(outcome)
     for site in waiting.values():
         counts[False] += 1
         assignment, bytes_down = asked[site]
-        observe(_unused(assignment.instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
+        observe(unused(assignment.instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
     return Collected(counts[True], counts[False], clock() - began - aggregating, aggregating)
 
 
-def _pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | None:
+def accepted(
+    outcome: SiteReplied, reply: Reply, accept: Callable[[str, Reply, NamedTensors], None], start: NamedTensors
+) -> SiteReplied:
+    """Hand a verified reply to `accept`, and return what became of it: the strategy may find something missing."""
+    try:
+        accept(outcome.site, reply, start)
+    except ReplyRejected as problem:
+        return replace(outcome, accepted=False, code=problem.code, reason=str(problem))
+    return outcome
+
+
+def pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | None:
     """Return one reply that has arrived, with the identifier of the message it answers.
 
     A node that died is reported under the SuperLink's own node id, so replies are matched by message, not by sender.
@@ -114,13 +132,13 @@ def _pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | N
     return None
 
 
-def _judged(
+def judged(
     message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
 ) -> tuple[SiteReplied, Reply | None]:
     """Return what became of a reply, and the reply itself when it may be aggregated."""
     if message.has_error():
         reason = f"Flower error {message.error.code}"
-        return _unused(instruction, site, bytes_down, 0, "flower_error", reason), None
+        return unused(instruction, site, bytes_down, 0, "flower_error", reason), None
     bytes_up, stated = 0, None
     try:
         bytes_up = payload_bytes(message.content)
@@ -129,7 +147,7 @@ def _judged(
         stated = reply.header.privacy
         _verify(reply, site, instruction, expected)
     except ReplyRejected as problem:
-        return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None
+        return unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None
     header = reply.header
     round_number = instruction.header.round
     return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply
@@ -148,6 +166,10 @@ def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout)
     ):
         if given != wanted:
             raise ReplyRejected(f"wrong_{name}", f"the reply answers {name}={given!r}, asked was {wanted!r}")
+    if not 1 <= header.steps <= asked.plan.local.steps:
+        raise ReplyRejected(
+            "wrong_steps", f"the reply states {header.steps} steps, asked were {asked.plan.local.steps} or fewer"
+        )
     verify(reply.tensors, expected)
     if asked.clip_norm is not None:
         _verify_clipped(reply, asked.clip_norm, adaptive_clipping(asked.plan.privacy))
@@ -163,7 +185,7 @@ def _verify_clipped(reply: Reply, clip_norm: float, adaptive: bool) -> None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
 
 
-def _unused(
+def unused(
     instruction: Instruction,
     site: str,
     down: int,
@@ -172,4 +194,5 @@ def _unused(
     reason: str,
     stated: PrivacyStatement | None = None,
 ) -> SiteReplied:
+    """Return the event of a reply that is not used, and why."""
     return SiteReplied(instruction.header.round, site, False, down, up, stated, code=code, reason=reason)

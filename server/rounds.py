@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
@@ -17,11 +17,13 @@ from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
+from server.buffered import Collector, collector_for
 from server.cohort import Member, enroll
-from server.collect import Assignment, Collected, collect
+from server.collect import Assignment, Collected, Waiting
 from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
 from server.protection import Protection, protection_for
+from server.root import RootTraining, root_training
 from server.run_directory import RunDirectory
 from strategies.base import ServerState, Strategy
 from strategies.build import build_strategy
@@ -46,7 +48,8 @@ class _Run:
     base_digest: str
     strategy: Strategy
     protection: Protection
-    timeout_s: float
+    collector: Collector
+    root: RootTraining | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def run_federation(
     *,
     expected_sites: int,
     timeout_s: float,
+    waiting: Waiting | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -82,22 +86,25 @@ def run_federation(
     members = enroll(grid, expected_sites, timeout_s)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, timeout_s)
+    root = root_training(experiment, evaluator)
+    collector = collector_for(federation.mode, grid, timeout_s, waiting)
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, collector, root)
     observe = protection.observer(observe)
     values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
     observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
     evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
-    progress = _Progress(adapter, strategy.server.init(adapter), evaluation)
+    initial = strategy.server.init(adapter)
+    state = replace(initial, numbers={**initial.numbers, "population": float(len(members))})
+    progress = _Progress(adapter, state, evaluation)
     with closing(protection):
         for number in range(1, federation.rounds + 1):
-            progress = _round(grid, run, number, progress, evaluator, directory, observe, clock)
+            progress = _round(run, number, progress, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, progress.adapter)
     observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
     return Outcome(progress.adapter, progress.evaluation)
 
 
 def _round(
-    grid: Grid,
     run: _Run,
     round_number: int,
     progress: _Progress,
@@ -114,9 +121,11 @@ def _round(
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
     assignments = _assignments(run, round_number, adapter, state, cohort)
+    if run.root is not None:
+        state = replace(state, tensors={**state.tensors, **run.root.update(adapter, round_number)})
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
-    collected = collect(grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s)
+    collected = run.collector.collect(round_number, assignments, cohort, protection.fold, observe)
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
@@ -136,7 +145,7 @@ def _round(
             round_number,
             collected.accepted,
             collected.rejected,
-            _norm(combined),
+            _norm({name: tensor for name, tensor in combined.items() if name in adapter}),
             collected.waiting_s,
             aggregate_s,
             evaluate_s,
@@ -162,7 +171,7 @@ def _assignment(
     names = frozenset(adapter)
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
     sent = run.strategy.server.download(adapter, state, run.strategy.downloaded(names, round_number), rank)
-    start = {**adapter, **sent}
+    start = {**adapter, **sent}  # with what the strategy sends besides, under names that no adapter has
     header = InstructionHeader(
         round=round_number,
         plan=run.plan,
@@ -171,7 +180,7 @@ def _assignment(
         adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
     )
-    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
+    return Assignment(Instruction(header, sent), _uploaded(run, round_number, {name: start[name] for name in adapter}))
 
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:

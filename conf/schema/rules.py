@@ -6,6 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from conf.schema import aggregation_rules as aggregation
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
 
 if TYPE_CHECKING:
@@ -195,6 +196,17 @@ RULES: tuple[Rule, ...] = (
     Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
     Rule(bands_within_separation, frozenset({"privacy"})),
     Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
+    Rule(aggregation.fixed_coordinates, frozenset({"strategy"})),
+    Rule(aggregation.one_server_step, frozenset({"strategy"})),
+    Rule(aggregation.robust_over_plain_updates, frozenset({"strategy"})),
+    Rule(aggregation.robust_without_weights, frozenset({"strategy"})),
+    Rule(aggregation.robust_needs_replies, frozenset({"strategy", "federation", "data"})),
+    Rule(aggregation.robust_is_no_sum, frozenset({"strategy", "privacy"})),
+    Rule(aggregation.objective_within_client_level, frozenset({"strategy", "privacy"})),
+    Rule(aggregation.objective_fits_optimizer, frozenset({"strategy", "federation"})),
+    Rule(aggregation.fair_weights_need_a_loss, frozenset({"strategy", "federation", "privacy"})),
+    Rule(aggregation.buffered_needs_plain_updates, frozenset({"strategy", "federation", "privacy", "data"})),
+    Rule(aggregation.root_needs_held_out_records, frozenset({"strategy", "evaluation"})),
 )
 
 
