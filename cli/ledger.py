@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from privacy.ledger.verification import Verification
 
 __all__ = ["app"]
+
+_FIGURES = (".png", ".svg", ".pdf")
 
 app = typer.Typer(help="What a site has spent, and whether its record of that is whole.", no_args_is_help=True)
 
@@ -65,6 +68,8 @@ def show(
     from privacy.ledger.verification import structural_problems
     from protocol.errors import PrivacyError
 
+    if plot is not None:
+        _check_output(plot, _FIGURES, "--plot")
     place = _place(site, ledger, None)
     snapshot = _read(place)
     for problem in structural_problems(snapshot, key=None):
@@ -121,6 +126,7 @@ def export(
 
     from cli.ledger_export import as_html, as_json
 
+    _check_output(output)
     place = _place(site, ledger, keys)
     snapshot = _read(place)
     found = _verified(place, snapshot, public_key, head)
@@ -226,6 +232,20 @@ def _place(site: Path | None, ledger: str | None, keys: Path | None) -> _Place:
     return _Place(file.ledger or folder / "ledger.db", keys or folder, budget)
 
 
+def _check_output(path: Path, suffixes: tuple[str, ...] = (), option: str = "the output") -> None:
+    """Refuse a file that cannot be written, before the work is done."""
+    from protocol.errors import ConfigError
+
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} {path} ends in {path.suffix or 'nothing'!r}; use one of {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path} is in a folder that does not exist; run: mkdir -p {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder; name a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{option} {path} cannot be written; name another place")
+
+
 def _keys_folder(place: _Place) -> Path:
     from protocol.errors import ConfigError
 
@@ -237,7 +257,7 @@ def _keys_folder(place: _Place) -> Path:
 def _read(place: _Place) -> Snapshot:
     from privacy.ledger.store import Store
 
-    store = Store(place.location, create=False)
+    store = Store(place.location, read_only=True)
     try:
         return store.snapshot()
     finally:

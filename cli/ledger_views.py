@@ -62,7 +62,9 @@ def _burn_down(data: DataSetSpending, budget: float) -> Text:
 def _runs_table(data: DataSetSpending) -> Table:
     table = Table(title="runs", title_justify="left")
     for heading in ("run", "reservations", "not committed", "steps", "ε alone"):
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "run" else "right", no_wrap=heading == "ε alone", overflow="fold"
+        )
     for run in data.runs:
         table.add_row(
             Text(run.run), str(run.reservations), str(run.uncommitted or ""), str(run.steps), epsilon_text(run.epsilon)
@@ -74,7 +76,8 @@ def entries_table(entries: Sequence[Entry], total: int) -> Table:
     """Return one line per entry."""
     table = Table(title=f"entries ({len(entries)} of {total})", title_justify="left")
     for heading in ("#", "at", "kind", "what", "hash"):
-        table.add_column(heading, justify="right" if heading == "#" else "left", no_wrap=heading != "what")
+        folds = heading in ("what", "at")
+        table.add_column(heading, justify="right" if heading == "#" else "left", no_wrap=not folds, overflow="fold")
     for entry in entries:
         table.add_row(str(entry.sequence), entry.at[:19], entry.kind, Text(entry_summary(entry)), entry.hash[:12])
     return table
@@ -104,11 +107,10 @@ def verification_lines(found: Verification) -> list[str]:
     """Return what a passed verification looked at."""
     lines = [f"{found.entries} entries hold: hashes, order, signatures, data sets"]
     if found.figures:
-        second = sum(figure.renyi is not None for figure in found.figures)
-        third = sum(figure.at_least is not None for figure in found.figures)
+        schedules = sum(figure.rule == "schedule" for figure in found.figures)
         lines.append(
-            f"{len(found.figures)} stated ε recomputed; {second} against Rényi DP from above, {third} (the last of "
-            "each run) against rounded-down privacy losses from below"
+            f"{len(found.figures)} stated ε recomputed, with rule and lower bound: {schedules} of declared schedules, "
+            f"also against Rényi DP from above; {len(found.figures) - schedules} of the filter, also by integration"
         )
     lines.append(f"head     {found.head}")
     lines.append("note the head: entries cut off later show only against it (--head)")

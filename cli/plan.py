@@ -20,6 +20,8 @@ __all__ = ["plan_command"]
 _SHOWN = 8
 """Distinct published counts that are looked at; of more, evenly spread ones."""
 _SEARCHES = (3, 10)
+_HOPELESS = 0.05
+"""Signal over noise of a whole run, at most, below which nothing was ever seen to be learned."""
 _GROUPS = (2, 4, 8)
 """Records of one person whose ε is told where each record is protected alone."""
 
@@ -37,6 +39,8 @@ class _Forecast:
     groups: tuple[tuple[int, float], ...]
     """Records of one person, and the ε of all of them together."""
     parameters: int | None
+    person: float | None
+    """ε of a person known at `federation.sites_per_person` sites, each of whose records is protected at its site."""
 
     @property
     def problems(self) -> tuple[Outlook, ...]:
@@ -110,7 +114,7 @@ def _forecast(experiment: Experiment, counts: dict[str, int]) -> _Forecast:
     parameters, cohort = values(rank), federation.cohort_size or len(counts)
     whole = _whole_sites(experiment, counts, parameters)
     if whole and isinstance(privacy, NoPrivacy):
-        return _Forecast(len(counts), whole, None, (), (), (), parameters)
+        return _Forecast(len(counts), whole, None, (), (), (), parameters, None)
     scenarios = [
         Scenario(name, privacy, federation.local, federation.rounds, published, cohort, parameters)
         for name, published in _spread(counts)
@@ -122,9 +126,10 @@ def _forecast(experiment: Experiment, counts: dict[str, int]) -> _Forecast:
         sites, others = outlooks[: len(scenarios)], outlooks[len(scenarios) :]
         neediest = sites[scenarios.index(least)]
         searches, groups = _costs(least, neediest, over)
+    person = _person(list(zip(scenarios, sites, strict=True)), counts, federation.sites_per_person)
     if rank > 1:
         others.append(of_rank(neediest, rank // 2, parameters, values(rank // 2)))
-    return _Forecast(len(counts), (*whole, *sites), neediest, tuple(others), searches, groups, parameters)
+    return _Forecast(len(counts), (*whole, *sites), neediest, tuple(others), searches, groups, parameters, person)
 
 
 def _whole_sites(experiment: Experiment, counts: dict[str, int], parameters: int | None) -> tuple[Outlook, ...]:
@@ -138,6 +143,22 @@ def _whole_sites(experiment: Experiment, counts: dict[str, int], parameters: int
         return ()
     weights = bounded_weights(counts, experiment.strategy.weights, privacy.max_weight)
     return (client_outlook(privacy, experiment.federation, weights, parameters),)
+
+
+def _person(sites: list[tuple[Scenario, Outlook]], counts: dict[str, int], several: int) -> float | None:
+    """Return the ε of a person known at several sites; sites with equal counts have equal figures."""
+    from conf.schema.privacy import NoPrivacy
+    from privacy.forecast import person_cost
+
+    if any(outlook.problem or isinstance(scenario.privacy, NoPrivacy) for scenario, outlook in sites):
+        return None
+    alike: dict[int, tuple[Scenario, Outlook]] = {
+        scenario.published: (scenario, outlook) for scenario, outlook in sites
+    }
+    # Where not every count is shown, any site may be like any that is.
+    complete = set(counts.values()) == set(alike)
+    many = {count: list(counts.values()).count(count) if complete else len(counts) for count in alike}
+    return person_cost([(*pair, many[count]) for count, pair in alike.items()], min(several, len(counts)))
 
 
 def _costs(
@@ -220,11 +241,47 @@ def _print(experiment: Experiment, found: _Forecast) -> None:
     if found.neediest is not None and found.groups:
         several = ", ".join(f"{size} records ε={epsilon_text(epsilon)}" for size, epsilon in found.groups)
         console.print(f"a person whose records are protected one by one, at {found.neediest.label}: {several}")
+    for warning in _hopeless(experiment, found):
+        console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
+    console.print(_person_line(experiment.federation.sites_per_person, found), soft_wrap=True)
     for runs, told, best in found.searches:
         console.print(
             f"{runs} runs on the same records, to choose settings: ε={epsilon_text(told)} in all; "
             f"ε={epsilon_text(best)} if only the best of a Poisson number of them, mean {runs}, is told"
         )
+
+
+def _hopeless(experiment: Experiment, found: _Forecast) -> list[str]:
+    """Return what is feasible and will probably learn nothing, or promise little; with what would help."""
+    from conf.schema.rules import LARGE_DELTA
+
+    told: list[str] = []
+    for each in found.outlooks:
+        if each.problem:
+            continue
+        if each.snr_run is not None and each.snr_run < _HOPELESS:
+            help_with = "more sites" if each.label == "federation" else "a larger batch, more records"
+            told.append(
+                f"{each.label}: over the whole run the noise is {1 / each.snr_run:.3g} times the largest possible "
+                f"signal; {help_with}, a larger privacy.target_epsilon or a smaller peft.rank would help"
+            )
+        if each.delta is not None and each.delta > LARGE_DELTA:
+            told.append(
+                f"{each.label}: δ={each.delta:.2g} is above {LARGE_DELTA:g}, the promise may fail altogether that "
+                "often; set a smaller privacy.delta, at the price of more noise"
+            )
+    return told
+
+
+def _person_line(several: int, found: _Forecast) -> str:
+    from cli.tables import epsilon_text
+
+    if several == 1:
+        return "each person is taken to be known at one site; federation.sites_per_person says otherwise"
+    whole = next((each.epsilon_person for each in found.outlooks if each.epsilon_person is not None), None)
+    figures = [("whole sites", whole), ("what sites protect themselves", found.person)]
+    told = ", ".join(f"ε={epsilon_text(epsilon)} ({name})" for name, epsilon in figures if epsilon is not None)
+    return f"a person known at up to {several} sites: {told or 'no ε'}"
 
 
 def _print_json(experiment: Experiment, found: _Forecast) -> None:
@@ -246,6 +303,8 @@ def _print_json(experiment: Experiment, found: _Forecast) -> None:
             for runs, told, best in found.searches
         ],
         "group": [{"records": size, "epsilon": _finite(epsilon)} for size, epsilon in found.groups],
+        "sites_per_person": {"sites": experiment.federation.sites_per_person, "epsilon": _finite(found.person)},
+        "warnings": _hopeless(experiment, found),
         "feasible": not found.problems,
     }
     typer.echo(json.dumps(told, indent=1, ensure_ascii=False))

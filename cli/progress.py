@@ -13,7 +13,16 @@ from rich.table import Table
 
 from cli.tables import byte_text, epsilon_text, quality_text
 from conf.schema.experiment import Experiment
-from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
+from server.events import (
+    Evaluated,
+    Event,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+    SiteReplied,
+)
 
 __all__ = ["PlainLines", "RoundsDisplay", "progress_for"]
 
@@ -64,6 +73,7 @@ class RoundsDisplay:
         )
         self._task = self._progress.add_task(f"{self.name}: preparing sites", total=None)
         self._asked = 0
+        self._secret = False
 
     def observe(self, event: Event) -> None:
         """Take one event."""
@@ -73,6 +83,10 @@ class RoundsDisplay:
                 self._rounds = event.rounds
                 # Replies, not rounds, move the bar: the time left is then known early.
                 self._progress.update(self._task, description=self.name, total=event.rounds, completed=0)
+            case RunResumed():
+                self._sites = {site: _SiteLine() for site in event.sites}
+                self._rounds = event.rounds
+                self._progress.update(self._task, description=self.name, total=event.rounds, completed=event.round)
             case RoundStarted():
                 self._asked = len(event.cohort)
                 for site in event.cohort:
@@ -83,6 +97,7 @@ class RoundsDisplay:
             case Evaluated():
                 self._quality = f"{event.metric} {quality_text(event.metric, event.value)} after round {event.round}"
             case RoundFinished():
+                self._secret = event.accepted is None
                 self._progress.update(self._task, completed=event.round)
             case RunFinished():
                 self._progress.stop()
@@ -110,8 +125,8 @@ class RoundsDisplay:
                 epsilon_text(line.epsilon),
                 epsilon_text(line.budget),
                 "withheld" if line.loss is None else f"{line.loss:.3f}",
-                byte_text(line.up),
-                byte_text(line.down),
+                byte_text(None if self._secret else line.up),
+                byte_text(None if self._secret else line.down),
             )
         if len(shown) > 20:
             table.add_row(f"and {len(shown) - 20} more", "", "", "", "", "", "")
@@ -134,6 +149,9 @@ class PlainLines:
                 sites = ", ".join(event.sites)
                 self._print(f"run {event.run}: {event.rounds} rounds, {len(event.sites)} sites: {sites}")
                 self._rounds = event.rounds
+            case RunResumed():
+                self._print(f"run {event.run}: goes on after round {event.round} of {event.rounds}")
+                self._rounds = event.rounds
             case SiteReplied(accepted=True):
                 self._up, self._down = self._up + event.bytes_up, self._down + event.bytes_down
                 if event.privacy is not None and event.privacy.delta is not None:
@@ -150,9 +168,11 @@ class PlainLines:
                     spent, budget = event.privacy.epsilon_total, event.privacy.epsilon_budget
                     epsilon += f"; ε of a whole site {epsilon_text(spent)} of {epsilon_text(budget)}"
                 replies = "replies withheld" if event.accepted is None else f"{event.accepted} replies"
+                secret = event.accepted is None
+                up, down = (byte_text(None if secret else count) for count in (self._up, self._down))
                 self._print(
                     f"round {event.round} of {self._rounds}: {replies}, {event.train_s:.1f} s training; "
-                    f"sent {byte_text(self._up)}, received {byte_text(self._down)}{epsilon}"
+                    f"sent {up}, received {down}{epsilon}"
                 )
             case RunFinished():
                 self._print(f"finished in {event.seconds:.1f} s")

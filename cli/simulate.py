@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from conf.schema.experiment import Experiment
+    from simulations.books import SharedBooks
     from simulations.simulate import Simulated
 
 __all__ = ["simulate_command"]
@@ -26,6 +27,9 @@ def simulate_command(
     repeat: Annotated[
         Path | None, typer.Option("--from", help="Repeat the experiment of this run directory.", metavar="RUN")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with this interrupted run directory.", metavar="RUN")
+    ] = None,
 ) -> None:
     """Simulate a federation on this machine; with no argument, four synthetic clinics train privately at ε = 8."""
     from rich.console import Console
@@ -33,6 +37,13 @@ def simulate_command(
     from conf.compose import split_sweep
 
     console = Console(highlight=False)
+    if resume is not None:
+        if multirun or repeat is not None or overrides:
+            from protocol.errors import ConfigError
+
+            raise ConfigError("--resume goes on with one run as it was; leave out -m, --from and the overrides")
+        _print_outcome(_run(_stored(resume, []), console, RUNS, resume=resume), console)
+        return
     if repeat is not None:
         if multirun:
             from protocol.errors import ConfigError
@@ -47,30 +58,53 @@ def simulate_command(
 
 
 def _run_once(experiment: Experiment, console: Console) -> None:
+    _print_outcome(_run(experiment, console, RUNS), console)
+
+
+def _print_outcome(run: Simulated, console: Console) -> None:
     from cli.tables import outcome_table
 
-    run = _run(experiment, console, RUNS)
     console.print(outcome_table(run.summary))
     console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)
 
 
 def _run_sweep(jobs: list[tuple[str, ...]], console: Console) -> None:
+    import json
     from datetime import datetime
 
-    from cli.tables import sweep_table
+    from cli.tables import delta_text, epsilon_text, sweep_table
 
     experiments = [_composed(job) for job in jobs]  # every job is valid before the first one starts
     parent = RUNS / f"{datetime.now():%Y%m%d-%H%M%S}-sweep"
+    from simulations.books import shared_books
+
+    books = shared_books(experiments, parent)
     finished: list[tuple[tuple[str, ...], Simulated]] = []
     for number, (job, experiment) in enumerate(zip(jobs, experiments, strict=True)):
         console.rule(f"{number + 1} of {len(jobs)}: {' '.join(job)}")
         own = experiment.logging.model_copy(update={"directory": str(parent / f"{number:03d}")})
-        finished.append((job, _run(experiment.model_copy(update={"logging": own}), console, parent)))
+        finished.append((job, _run(experiment.model_copy(update={"logging": own}), console, parent, books=books)))
     console.print(sweep_table([(job, run.summary) for job, run in finished]))
+    for cost in books.costs:
+        console.print(
+            f"{cost.runs} private runs on the same records cost each {cost.unit} ε ≤ {epsilon_text(cost.epsilon)} "
+            f"(δ ≤ {delta_text(cost.delta)}) together, whichever is kept; a Poisson number of them, mean {cost.runs}, "
+            f"of which only the best were told, would cost {epsilon_text(cost.epsilon_of_best)}",
+            soft_wrap=True,
+        )
+    told = {"privacy": books.told(), "runs": [{"overrides": job, "run": run.path.name} for job, run in finished]}
+    (parent / "sweep.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
     console.print(f"runs     {parent}", soft_wrap=True)
 
 
-def _run(experiment: Experiment, console: Console, parent: Path) -> Simulated:
+def _run(
+    experiment: Experiment,
+    console: Console,
+    parent: Path,
+    *,
+    books: SharedBooks | None = None,
+    resume: Path | None = None,
+) -> Simulated:
     from datetime import datetime
 
     from cli.progress import progress_for
@@ -79,15 +113,16 @@ def _run(experiment: Experiment, console: Console, parent: Path) -> Simulated:
     from server.app import new_run_path
     from server.run_directory import refuse_existing
 
-    path = new_run_path(experiment, parent, datetime.now())
-    refuse_existing(path)
+    path = resume or new_run_path(experiment, parent, datetime.now())
+    if resume is None:
+        refuse_existing(path)
     for warning in warnings_for(experiment):
         console.print(f"[yellow]warning[/yellow] {warning}", soft_wrap=True)
     quiet_libraries()
     from simulations.simulate import simulate
 
     with progress_for(experiment, console) as observe:
-        return simulate(experiment, path, (observe,))
+        return simulate(experiment, path, (observe,), books=books, resume=resume is not None)
 
 
 def _composed(overrides: list[str] | tuple[str, ...]) -> Experiment:

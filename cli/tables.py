@@ -18,6 +18,7 @@ __all__ = [
     "delta_text",
     "epsilon_text",
     "outcome_table",
+    "person_text",
     "quality_text",
     "robustness_table",
     "sweep_table",
@@ -36,7 +37,10 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     metric = final["metric"] if final else "quality"
     table = Table(title=f"{metric} on held-out records", title_justify="left")
     for heading in ("site", "base", "tuned", "ε", "of", "δ", "sent", "received"):
-        table.add_column(heading, justify="left" if heading == "site" else "right", no_wrap=True)
+        # Names fold where the terminal is narrow; a figure that lost its last digit would be another figure.
+        table.add_column(
+            heading, justify="left" if heading == "site" else "right", no_wrap=heading != "site", overflow="fold"
+        )
     for name, site in summary["sites"].items():
         quality, privacy = site["quality"] or {}, site["privacy"] or {}
         table.add_row(
@@ -68,8 +72,18 @@ def outcome_table(summary: dict[str, Any]) -> Table:
             f"all, per {other['unit']}", "", "", epsilon_text(other["epsilon"]), "", delta_text(other["delta"])
         )
     table.caption = "ε of all: " + "; ".join(_SCOPE[part["unit"] == "site"] for part in joint or [first])
+    table.caption += person_text(joint or [first])
     table.caption_justify = "left"
     return table
+
+
+def person_text(joint: Sequence[dict[str, Any]]) -> str:
+    """Return ε for a person known at several sites, for each protected unit; empty for one."""
+    several = joint[0].get("sites_per_person", 1)
+    if several == 1:
+        return ""
+    figures = ", ".join(epsilon_text(part["epsilon_over_sites"]) for part in joint)
+    return f"; of a person known at up to {several} sites: {figures}"
 
 
 def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table:
@@ -77,7 +91,8 @@ def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table
     shared = set.intersection(*(set(job) for job, _ in runs))
     table = Table(title="sweep", title_justify="left")
     for heading in ("overrides", "metric", "base", "result", "ε", "sent", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("overrides", "metric") else "right")
+        names = heading in ("overrides", "metric")
+        table.add_column(heading, justify="left" if names else "right", no_wrap=not names, overflow="fold")
     for job, summary in runs:
         final: dict[str, Any] = summary["final"] or {"metric": "–", "base": None, "value": None}
         table.add_row(
@@ -98,7 +113,8 @@ def baseline_table(lines: Sequence[Baseline]) -> Table:
     groups = list(lines[0].groups)
     table = Table(title=f"{metric} on the same held-out records", title_justify="left")
     for heading in ("trained on", "all", "ε", *groups):
-        table.add_column(heading, justify="left" if heading == "trained on" else "right")
+        named = heading == "trained on"
+        table.add_column(heading, justify="left" if named else "right", no_wrap=not named, overflow="fold")
     for line in lines:
         table.add_row(
             line.label,
@@ -134,8 +150,10 @@ def delta_text(value: float | None) -> str:
     return f"{math.ceil(value / 10**exponent - 1e-9) * 10**exponent:.1e}"
 
 
-def byte_text(count: float) -> str:
-    """Return a number of bytes with a decimal unit."""
+def byte_text(count: float | None) -> str:
+    """Return a number of bytes with a decimal unit; None is what a secret cohort keeps to itself."""
+    if count is None:
+        return "withheld"
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

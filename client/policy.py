@@ -12,8 +12,8 @@ __all__ = ["check_policy"]
 _UNITS = {"example_level": "record", "user_level": "user"}
 
 
-def check_policy(site: SiteFile, header: InstructionHeader) -> None:
-    """Refuse what the site's file does not allow.
+def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool = False) -> None:
+    """Refuse what the site's file does not allow, and repeatable noise unless the site is `simulated`.
 
     Raises:
         SiteRefusal: with a code for the server, and a message that tells nothing about the data.
@@ -31,9 +31,10 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
     asked = local_privacy(plan.privacy)
     seeds = [each.insecure_seed for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
-    if any(seed is not None for seed in seeds) and not policy.allow_insecure_seed:
+    if any(seed is not None for seed in seeds) and not simulated:
         raise SiteRefusal(
-            "insecure_seed", "the plan makes the noise repeatable; this site's policy does not allow that"
+            "insecure_seed",
+            "the plan makes the noise repeatable, which real sites never do; set privacy.insecure_seed=null",
         )
     if asked.kind == "none":
         if plan.privacy.kind == "client_level":
@@ -51,6 +52,12 @@ def check_policy(site: SiteFile, header: InstructionHeader) -> None:
         )
     if site.budget is None:
         raise SiteRefusal("no_budget", "this site has no privacy budget; its operator must set one in the site file")
+    if not isinstance(asked, NoPrivacy) and asked.delta is not None and asked.delta < site.budget.delta:
+        raise SiteRefusal(
+            "delta_below_budget",
+            f"the plan asks for δ={asked.delta:.3g}, below the δ={site.budget.delta:.3g} at which this site keeps its "
+            f"budget; ask for {site.budget.delta:.3g} or more, or null",
+        )
 
 
 def _check_trust(policy: SitePolicy) -> None:

@@ -12,6 +12,7 @@ from client.policy import check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
+from client.whole_site import WholeSite
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
@@ -50,6 +51,8 @@ class RoundWork:
     adapted: Callable[[ClientPlan], AdaptedModel]
     records: Callable[[AdaptedModel, LocalPrivacy, bytes], SiteRecords]
     """Takes the site's secret, which chooses among the records of a user who has too many."""
+    simulated: bool = False
+    """Whether a simulation made this site: only then may noise be repeatable."""
 
 
 def answer(instruction: Instruction, work: RoundWork) -> Reply:
@@ -66,7 +69,10 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
 
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
-    check_policy(work.file, header)
+    check_policy(work.file, header, simulated=work.simulated)
+    if header.unused_rounds:
+        # Spent all the same: what was sent was seen.
+        _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
     adapted = work.adapted(plan)
     strategy = build_strategy(plan.strategy)
     trained_names = strategy.trained(adapted.names, header.round)
@@ -88,8 +94,10 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         memory=memory,
         own_training=training,
     )
-    check_gradients(privacy, asked, adapted, trained_names)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
+    site_ledger = None if header.clip_norm is None else state.site_ledger()
+    whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, job.inputs(state.secret))
     if privacy.is_private:
         ledger = state.ledger(records.units)
         trained = _booked(job, ledger, state.secret)
@@ -102,6 +110,8 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     update, below_clip = trained.update, None
     if header.clip_norm is not None:  # client-level: the last step on real values
         update, below_clip = _clipped(update, header.clip_norm)
+    if whole_site is not None:
+        whole_site.commit(digest(update))
 
     return Reply(
         ReplyHeader(
@@ -167,7 +177,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
     for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
-        check_gradients(privacy, asked, adapted, trained_names)
+        check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)
@@ -268,20 +278,22 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     """Return what the site's protection costs so far."""
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
-    this_run, budget = ledger.stated(plan.run), ledger.budget.epsilon
+    account = ledger.account(plan.run)
+    budget = account.budget.epsilon
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
         # The ledger admits nothing above the budget, for any unit; disjoint data sets may add up to more.
-        epsilon_run=min(this_run.epsilon, budget),
-        epsilon_total=min(ledger.stated().epsilon, budget),
+        epsilon_run=min(account.run.epsilon, budget),
+        epsilon_total=min(account.total.epsilon, budget),
         epsilon_budget=budget,
         delta=privacy.delta,
-        accountant=privacy.accountant if this_run.rule == "schedule" else f"{RENYI}, as a filter",
+        accountant=privacy.accountant if account.run.rule == "schedule" else f"{RENYI}, as a filter",
         noise_multiplier=privacy.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sampling_rate=privacy.sampling.rate,
-        steps_executed=ledger.steps_booked(plan.run),
+        steps_executed=account.steps,
+        mechanism=privacy.mechanism(account.steps).to_json(),
         insecure_seed=insecure,
     )
 

@@ -35,15 +35,19 @@ __all__ = ["Site", "open_site", "read_site_file"]
 class Site:
     """One organization's end of the federation."""
 
-    def __init__(self, file: SiteFile, rows: Callable[[], Sequence[Row]] | None = None) -> None:
+    def __init__(
+        self, file: SiteFile, rows: Callable[[], Sequence[Row]] | None = None, *, simulated: bool = False
+    ) -> None:
         """Open a site.
 
         Args:
             file: the site's own configuration.
             rows: where the training records come from, when it is not `file.data.source`.
+            simulated: allows repeatable noise; no site file can say so.
         """
         self.file = file
         self._read = rows or self._training_rows
+        self._simulated = simulated
         self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
         self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
         if file.runtime.threads is not None:
@@ -74,7 +78,7 @@ class Site:
 
     def work(self) -> RoundWork:
         """Return what this site brings to a round; `answer` and `rehearse` of `client.rounds` take it."""
-        return RoundWork(self.file, lambda: self.state, self._adapted, self._records)
+        return RoundWork(self.file, lambda: self.state, self._adapted, self._records, self._simulated)
 
     def close(self) -> None:
         """Release the site's files."""

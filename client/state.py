@@ -11,7 +11,7 @@ from client.memory import SiteMemory
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
-from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys
+from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys, open_private
 from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
@@ -25,6 +25,7 @@ class SiteState:
         self._folder = Path(site.state_directory)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._ledger: tuple[Units, Ledger] | None = None
+        self._site_ledger: Ledger | None = None
 
     @cached_property
     def _keys(self) -> SiteKeys:
@@ -48,13 +49,28 @@ class SiteState:
             raise SiteRefusal(
                 "no_budget", "this site has no privacy budget; its operator must set one in the site file"
             )
-        self.close()
+        self._close_ledger()
         where = self._site.ledger or self._folder / "ledger.db"
-        identity = identify(units.names, self.secret)
+        identity = identify(units.names, self.secret, units.marks)
         promised = Budget(budget.epsilon, budget.delta, budget.unit)
         ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)
         self._ledger = (units, ledger)
         return ledger
+
+    def site_ledger(self) -> Ledger | None:
+        """Return the ledger in which this whole site is one unit; None without a `site_budget`."""
+        budget = self._site.site_budget
+        if budget is not None and self._site_ledger is None:
+            identity = identify([b"the whole site"], self.secret)
+            promised = Budget(budget.epsilon, budget.delta, "site")
+            self._site_ledger = Ledger(
+                self._folder / "site_ledger.db",
+                self._keys.signing,
+                identity,
+                promised,
+                head_file=self._folder / f"site_{HEAD_FILE}",
+            )
+        return self._site_ledger
 
     def memory(self, run: str) -> SiteMemory:
         """Return what this site keeps from round to round of a run."""
@@ -66,11 +82,17 @@ class SiteState:
 
     def record_diagnostics(self, round_number: int, private_facts: Mapping[str, float]) -> None:
         """Append a round's private facts to `diagnostics.jsonl`, for the site's own operator."""
-        with (self._folder / "diagnostics.jsonl").open("a") as stream:
+        with open_private(self._folder / "diagnostics.jsonl", "a") as stream:
             stream.write(json.dumps({"round": round_number, **private_facts}) + "\n")
 
     def close(self) -> None:
-        """Release the ledger's file."""
+        """Release the ledgers' files."""
+        if self._site_ledger is not None:
+            self._site_ledger.close()
+            self._site_ledger = None
+        self._close_ledger()
+
+    def _close_ledger(self) -> None:
         if self._ledger is not None:
             self._ledger[1].close()
             self._ledger = None

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
+from client.dry_run import way_of_gradients
 from client.units import Units
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
-from conf.schema.site import SiteFile
+from conf.schema.site import SiteFile, SiteRuntime
+from conf.schema.task import Classification, Task
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
@@ -114,7 +116,8 @@ class Trained:
 def train(job: TrainingJob, stream: SecureStream) -> Trained:
     """Return the update of one round, trained minus received; the network is left holding the trained adapter."""
     plan, asked = job.header.plan, job.asked
-    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, stream)
+    runtime = job.file.runtime
+    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, plan.task, runtime, stream)
     try:
         job.adapted.load(job.local.start)
         diagnostics = train_locally(
@@ -127,8 +130,9 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             units=job.units.members,
             unit_weighting=asked.user_gradient if isinstance(asked, UserLevel) else "sum",
             seed=_dropout_seed(stream),
-            micro_batch_tokens=job.file.runtime.micro_batch_tokens,
-            static_shapes=job.file.runtime.static_shapes,
+            micro_batch_tokens=runtime.micro_batch_tokens,
+            static_shapes=runtime.static_shapes,
+            gradient_checkpointing=runtime.gradient_checkpointing,
             learning_rate_factor=job.training.learning_rate_factor(job.header.round, plan.rounds),
             correct=job.local.correct,
         )
@@ -139,14 +143,21 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
 
 
 def check_gradients(
-    privacy: PrivacyPlan, asked: LocalPrivacy, adapted: AdaptedModel, trained_names: frozenset[str]
+    privacy: PrivacyPlan,
+    asked: LocalPrivacy,
+    adapted: AdaptedModel,
+    trained_names: frozenset[str],
+    task: Task,
+    runtime: SiteRuntime,
 ) -> None:
     """Refuse what cannot be trained under a plan, before anything is spent.
 
     Raises:
         PrivacyError: naming the first layer without a per-example rule, or a layer that couples examples.
+        ModelError: the network fails on made-up examples.
     """
-    round_rule(privacy, asked, adapted, trained_names, SecureStream.from_operating_system()).close()
+    stream = SecureStream.from_operating_system()
+    round_rule(privacy, asked, adapted, trained_names, task, runtime, stream).close()
 
 
 def round_rule(
@@ -154,18 +165,22 @@ def round_rule(
     asked: LocalPrivacy,
     adapted: AdaptedModel,
     trained_names: frozenset[str],
+    task: Task,
+    runtime: SiteRuntime,
     stream: SecureStream,
 ) -> GradientRule:
-    """Return the gradient rule of a round: the plan's, by the way of getting per-example gradients that is asked for.
+    """Return the gradient rule of a round: the plan's, whose per-example gradients a dry run found to be exact.
 
     Raises:
-        PrivacyError: as `privacy.gradients.gradient_rule` does.
+        PrivacyError: as `client.dry_run.way_of_gradients` and `privacy.gradients.gradient_rule` do.
+        ModelError: the network fails on made-up examples.
     """
-    per_example, without_rule = "native", "one_by_one"
-    if not isinstance(asked, NoPrivacy):
-        per_example, without_rule = asked.per_example_gradients, asked.without_rule
     trained = adapted.train_only(trained_names)
-    return gradient_rule(privacy, per_example, adapted.network, trained, stream, without_rule=without_rule)
+    if isinstance(asked, NoPrivacy):
+        return gradient_rule(privacy, "native", adapted.network, trained, stream, without_rule="one_by_one")
+    classes = len(task.labels) if isinstance(task, Classification) else None
+    way = way_of_gradients(privacy, asked, adapted, trained, build_objective(task), runtime, classes)
+    return gradient_rule(privacy, way, adapted.network, trained, stream, without_rule=asked.without_rule)
 
 
 def _fingerprint(examples: Sequence[Example], units: Units) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from client.marks import marks_of
 from conf.schema.data import DataConfig
 from conf.schema.privacy import LocalPrivacy, UserLevel
 from finetuning.datasets import Row, cell
@@ -20,11 +21,13 @@ class Units:
     """The protected units of a site, all of it secret.
 
     `members[u]` are the positions of unit u's records among the site's examples, `names[u]` the bytes that identify the
-    unit: the record's own content, or the value of the user column.
+    unit: the record's own content, or the value of the user column. `marks` are what records are known by in another
+    shape; a person needs none.
     """
 
     members: tuple[tuple[int, ...], ...]
     names: tuple[bytes, ...]
+    marks: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -34,7 +37,7 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
     """Return the units of records, one row per example.
 
     A record is identified by what is read of it (`data.columns`): another column, another
-    name of a column, or another order makes no new record.
+    name of a column, or another order makes no new record. What it is known by in another shape: `client.marks`.
 
     Under user-level privacy a person keeps at most `max_records_per_user` records, those with the smallest keyed hash:
     a choice that neither the server nor the order of the file makes.
@@ -43,7 +46,8 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
         DataError: user-level privacy, and no user column or a row without a value in it.
     """
     if not isinstance(privacy, UserLevel):
-        return Units(tuple((position,) for position in range(len(rows))), tuple(_content(row, data) for row in rows))
+        read = [_read(row, data) for row in rows]
+        return Units(tuple((position,) for position in range(len(rows))), tuple(map(_content, read)), marks_of(read))
     user_column = data.user_column
     if user_column is None:
         raise DataError("user-level privacy needs data.user_column, the column that names the person; it is null")
@@ -52,7 +56,7 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
         owned.setdefault(_user(row, user_column, number), []).append(number - 1)
 
     def chosen(positions: list[int]) -> tuple[int, ...]:
-        by_hash = sorted(positions, key=lambda position: _hash(key, _content(rows[position], data)))
+        by_hash = sorted(positions, key=lambda position: _hash(key, _content(_read(rows[position], data))))
         return tuple(sorted(by_hash[: privacy.max_records_per_user]))
 
     kept = {user: chosen(positions) for user, positions in owned.items()}
@@ -70,8 +74,11 @@ def _user(row: Row, column: str, number: int) -> bytes:
     return str(value).encode()  # 5 in JSON and "5" in CSV are one person
 
 
-def _content(row: Row, data: DataConfig) -> bytes:
-    read = {field: row.get(name) for field, name in data.columns if field != "kind" and name is not None}
+def _read(row: Row, data: DataConfig) -> dict[str, object]:
+    return {field: row.get(name) for field, name in data.columns if field != "kind" and name is not None}
+
+
+def _content(read: Mapping[str, object]) -> bytes:
     texts = {field: value if isinstance(value, list) else str(value) for field, value in read.items()}
     return json.dumps(texts, sort_keys=True, default=str, ensure_ascii=False).encode()
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -45,6 +45,8 @@ class AdaptedModel:
     magnitudes: Mapping[str, torch.Tensor]
     """DoRA's initial magnitudes, the column norms of the base weights: PEFT's reset leaves trained ones in place."""
     config: LoRA
+    checked: dict[Hashable, str | None] = field(default_factory=lambda: dict[Hashable, str | None]())
+    """What dry runs of this network found, for as long as the adapter is attached."""
 
     @property
     def names(self) -> frozenset[str]:

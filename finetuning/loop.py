@@ -13,6 +13,7 @@ from torch import nn
 from conf.schema.federation import AdamW, LocalTraining, Optimizer
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
+from finetuning.models import checkpointing
 from finetuning.tasks.base import TaskObjective
 from finetuning.units import MicroBatches
 
@@ -60,6 +61,7 @@ def train_locally(
     units: Sequence[Sequence[int]] | None = None,
     unit_weighting: Literal["mean", "sum"] = "mean",
     static_shapes: bool = False,
+    gradient_checkpointing: bool = False,
     learning_rate_factor: float = 1.0,
     correct: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -78,6 +80,7 @@ def train_locally(
         units: the positions of each unit's records; what is drawn, and protected, as one. None: each record alone.
         unit_weighting: whether a unit's loss is the mean or the sum over its records.
         static_shapes: pad every micro-batch to one shape with rows that add nothing; the result is the same.
+        gradient_checkpointing: recompute activations instead of keeping them; the result is the same.
         learning_rate_factor: multiplies the optimizer's learning rate.
         correct: adds the terms of a local objective to every step's finished (noised) gradient.
         clock: seconds, for the diagnostics.
@@ -96,7 +99,8 @@ def train_locally(
     )
     loss_sum, seen = 0.0, 0
     adapted.network.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with checkpointing(adapted.base.network, gradient_checkpointing), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for _ in range(local.steps):
             for part in batches.of_step(gradients.draw(len(batches.units))):

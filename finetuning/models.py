@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +28,7 @@ from conf.schema.task import Task
 from finetuning.embedded import resolve
 from protocol.errors import ModelError
 
-__all__ = ["FrozenBase", "base_digest", "load_base", "load_tokenizer", "pick_device"]
+__all__ = ["FrozenBase", "base_digest", "checkpointing", "load_base", "load_tokenizer", "pick_device"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -100,6 +102,36 @@ def base_digest(model: Model) -> str:
     Two sites with the same digest train on top of the same function, whatever name their copy has.
     """
     return _digest(_folder(model))
+
+
+@contextmanager
+def checkpointing(network: PreTrainedModel, wanted: bool) -> Generator[None]:
+    """Recompute each block's activations in the backward pass instead of keeping them, while inside; changes no number.
+
+    Dropout draws the same masks again. Nothing happens unless `wanted`, or outside of training mode.
+
+    Raises:
+        ModelError: an architecture that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not network.supports_gradient_checkpointing:
+        raise ModelError(
+            f"runtime.gradient_checkpointing=true, but {type(network).__name__} does not support it; set it to false"
+        )
+    with warnings.catch_warnings():
+        # The newer name of these methods is missing in the older releases that are allowed.
+        warnings.simplefilter("ignore", FutureWarning)
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # For the reentrant kind alone: it would also compute a gradient of the frozen embedding's output.
+        network.disable_input_require_grads()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            network.gradient_checkpointing_disable()
 
 
 def _once(function: Callable[_P, _R]) -> Callable[_P, _R]:

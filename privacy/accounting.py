@@ -18,14 +18,6 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, combinations
 
-from dp_accounting import (
-    DpEvent,
-    GaussianDpEvent,
-    PoissonSampledDpEvent,
-    SelfComposedDpEvent,
-    TruncatedSubsampledGaussianDpEvent,
-    UnsupportedDpEvent,
-)
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
 from privacy.loss_distributions import LOUDEST_SIGNAL, pld_epsilon
@@ -40,7 +32,6 @@ __all__ = [
     "accountant_of",
     "epsilon_of",
     "epsilon_over_sites",
-    "event_of",
     "rdp_epsilon_of",
     "selection_epsilon",
 ]
@@ -50,25 +41,6 @@ EXACT_GAUSSIAN = "exact Gaussian (Balle and Wang 2018)"
 RENYI = "Rényi DP"
 
 _MOST_SUBSETS = 32
-
-
-def event_of(mechanism: SubsampledGaussian) -> DpEvent:
-    """Return `mechanism` in the language of dp-accounting, for an auditor's own accountant.
-
-    A cut batch is a `TruncatedSubsampledGaussianDpEvent`, to be read under the relation REPLACE_SPECIAL. Discrete noise
-    has no event there, and is handed over as unsupported rather than as something it is not.
-    """
-    if mechanism.discrete:
-        return UnsupportedDpEvent()
-    if mechanism.truncation is not None:
-        step: DpEvent = TruncatedSubsampledGaussianDpEvent(
-            mechanism.truncation.slots, mechanism.sampling_rate, mechanism.truncation.cap, mechanism.noise_multiplier
-        )
-    elif mechanism.sampling_rate == 1:
-        step = GaussianDpEvent(mechanism.noise_multiplier)
-    else:
-        step = PoissonSampledDpEvent(mechanism.sampling_rate, GaussianDpEvent(mechanism.noise_multiplier))
-    return SelfComposedDpEvent(step, mechanism.steps)
 
 
 def epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float, *, group_size: int = 1) -> float:
@@ -102,19 +74,29 @@ def rdp_epsilon_of(mechanisms: Iterable[SubsampledGaussian], delta: float, *, gr
     return renyi_epsilon(mechanisms, delta, group_size)
 
 
-def selection_epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float, *, mean_trials: float) -> float:
+def selection_epsilon(
+    mechanisms: Iterable[SubsampledGaussian],
+    delta: float,
+    *,
+    mean_trials: float,
+    alternatives: Iterable[Iterable[SubsampledGaussian]] = (),
+) -> float:
     """Return what a hyperparameter search costs that tells the best of Poisson(`mean_trials`) runs and nothing else.
 
     Every run executes all of `mechanisms`, and the best is chosen by what they release: a score on private data counts
     among them. The number of runs must be drawn, a fixed one is not covered. Papernot and Steinke 2022 (arXiv
     2110.03620), Theorem 6.
 
+    With `alternatives` each run executes either all of `mechanisms` or all of one alternative, drawn at random by
+    probabilities that do not depend on the records: at each order that costs no more than the dearest of them.
+
     Raises:
         PrivacyError: a mean below 1.
     """
     if not 1 <= mean_trials < math.inf:
         raise PrivacyError(f"mean_trials={mean_trials}: the mean number of runs must be 1 or more, and finite")
-    return renyi_selection_epsilon(list(mechanisms), delta, mean_trials)
+    runs = [list(mechanisms), *(list(alternative) for alternative in alternatives)]
+    return renyi_selection_epsilon(runs, delta, mean_trials)
 
 
 def epsilon_over_sites(sites: Sequence[Sequence[SubsampledGaussian]], delta: float, *, overlap: int = 1) -> float:

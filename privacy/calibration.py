@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from scipy.optimize import root_scalar
 
 from privacy.accounting import ACCOUNTANT, accountant_of, epsilon_of
@@ -14,15 +15,22 @@ from privacy.loss_distributions import epsilon_on_grid
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
-__all__ = ["calibrate_noise"]
+__all__ = ["calibrate_noise", "is_reachable"]
 
 _LEAST, _MOST = 0.2, 1000.0
 _LOWEST, _AIM, _HIGHEST = 0.999, 0.9993, 0.9996
 """What part of the target may be reached. The rest is for the grid: ε of a part of the run may be discretized a little
 more coarsely than ε of the whole, by 0.03 %, and a ledger whose budget is the target must let every part pass."""
 
-_STRIDE = 1.6
+_STRIDE = 1.25
 _SEARCH_GRID = 1e-2
+_SEARCHED_FROM = 0.5
+"""The ε from which a first search on one coarse grid pays; a smaller one it overstates so much that it misleads."""
+
+
+def is_reachable(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> bool:
+    """Return whether `calibrate_noise` finds noise for a target: whether the most noise costs no more."""
+    return epsilon_of([replace(mechanism, noise_multiplier=_MOST)], delta) <= _AIM * target_epsilon
 
 
 @lru_cache(maxsize=256)
@@ -39,21 +47,39 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     def stated(noise: float) -> float:
         return epsilon_of([replace(mechanism, noise_multiplier=noise)], delta)
 
-    cost = _on_search_grid(mechanism, delta) if accountant_of([mechanism]) == ACCOUNTANT else stated
-    aim = _AIM * target_epsilon
-    bracket = _bracket(cost, aim)
-    if bracket is None and cost is not stated:  # a coarse grid overstates a small ε; ask a finer one before giving up
-        cost, bracket = stated, _bracket(stated, aim)
-    if bracket is None:
+    if not is_reachable(target_epsilon, delta, mechanism):
         raise PrivacyError(
             f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
             f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
             "or fewer steps"
         )
+    aim, start = _AIM * target_epsilon, _central_limit(target_epsilon, delta, mechanism)
+    coarse = accountant_of([mechanism]) == ACCOUNTANT and aim >= _SEARCHED_FROM
+    cost = _on_search_grid(mechanism, delta) if coarse else stated
+    bracket = _bracket(cost, aim, start)
+    if bracket is None:  # a coarse grid overstates an ε next to what the most noise reaches
+        cost, bracket = stated, (_LEAST, _MOST)
     low, high = bracket
     if low == high:
         return _LEAST
-    return _refined(stated, _root(cost, low, high, aim), target_epsilon)
+    if cost is not stated:
+        return _refined(stated, _root(cost, low, high, aim), target_epsilon)
+    return _refined(stated, math.sqrt(low * high), target_epsilon, low, high)
+
+
+def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:
+    """Return about the noise that is needed, to start a search from.
+
+    Many sampled steps are nearly one Gaussian of μ = q √(T (exp(1/σ²) - 1)) (Bu et al. 2020, arXiv 1911.11607): a good
+    guess and no bound. Nothing is stated by it.
+    """
+    needed = root_scalar(
+        lambda log_mu: get_epsilon_gaussian(math.exp(-log_mu), delta) - target_epsilon,
+        bracket=(math.log(1e-7), math.log(1e3)),
+        xtol=1e-3,
+    )
+    signal = (math.exp(needed.root) / mechanism.sampling_rate) ** 2 / max(mechanism.steps, 1)
+    return min(max(math.log1p(signal) ** -0.5, _LEAST), _MOST)
 
 
 def _on_search_grid(mechanism: SubsampledGaussian, delta: float) -> Callable[[float], float]:
@@ -63,19 +89,20 @@ def _on_search_grid(mechanism: SubsampledGaussian, delta: float) -> Callable[[fl
     return cost
 
 
-def _bracket(cost: Callable[[float], float], aim: float) -> tuple[float, float] | None:
+def _bracket(cost: Callable[[float], float], aim: float, start: float) -> tuple[float, float] | None:
     """Return two noise multipliers with the answer between them; the least one twice where it is enough; else None.
 
-    Walks from 1: an evaluation costs about 1/σ², so the least noise is looked at only when nothing else is left.
+    Walks from `start`: an evaluation costs about 1/σ², so the least noise is looked at only when nothing else is left.
     """
-    high = 1.0
+    low = high = start
     while cost(high) > aim:
         if high == _MOST:
             return None
-        high = min(high * _STRIDE, _MOST)
-    low = high / _STRIDE
+        low, high = high, min(high * _STRIDE, _MOST)
+    if low < high:
+        return low, high
     while low > _LEAST and cost(low) <= aim:
-        low, high = low / _STRIDE, low
+        low, high = max(low / _STRIDE, _LEAST), low
     if low > _LEAST:
         return low, high
     return (_LEAST, _LEAST) if cost(_LEAST) <= aim else (_LEAST, high)
@@ -91,12 +118,18 @@ def _root(cost: Callable[[float], float], low: float, high: float, aim: float) -
     return math.exp(root_scalar(excess, method="brentq", bracket=(math.log(low), math.log(high)), xtol=1e-4).root)
 
 
-def _refined(stated: Callable[[float], float], noise: float, target_epsilon: float) -> float:
+def _refined(
+    stated: Callable[[float], float],
+    noise: float,
+    target_epsilon: float,
+    too_little: float = _LEAST,
+    enough: float = 2 * _MOST,
+) -> float:
     """Return noise near `noise` whose stated ε lies in the accepted part of the target.
 
     Secant steps in (ln σ, ln ε), kept between the most noise known to be too little and the least known to be enough.
     """
-    too_little, enough, slope = _LEAST, 2 * _MOST, -1.5
+    slope = -1.5
     goal = math.log(_AIM * target_epsilon)
     height = math.log(max(stated(noise), 1e-12))
     while not math.log(_LOWEST * target_epsilon) <= height <= math.log(_HIGHEST * target_epsilon):

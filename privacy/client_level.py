@@ -86,20 +86,23 @@ class ClientLevelPlan:
 
         return GaussianNoise(self.update_noise_multiplier, self.sensitivity * clip_norm * self.max_weight)
 
-    def mechanism(self, round_number: int) -> SubsampledGaussian | None:
+    def mechanism(self, round_number: int) -> SubsampledGaussian:
         """Return what is booked before a round, from 1.
 
-        Correlated noise is one mechanism, booked whole before round 1; later rounds book nothing.
+        Correlated noise is one mechanism, booked whole before round 1; later rounds book no further step.
         """
-        if self.participation is not None and round_number > 1:
-            return None
-        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, 1)
+        steps = 0 if self.participation is not None and round_number > 1 else 1
+        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
+
+    def executed(self, rounds: int) -> SubsampledGaussian:
+        """Return everything that the first `rounds` rounds release, 1 or more."""
+        steps = rounds if self.participation is None else 1
+        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
 
     @property
     def whole_run(self) -> SubsampledGaussian:
         """Everything the run releases."""
-        steps = self.rounds if self.participation is None else 1
-        return SubsampledGaussian(self.sampling_rate, self.noise_multiplier, steps)
+        return self.executed(self.rounds)
 
     def epsilon(self, mechanisms: Iterable[SubsampledGaussian]) -> float:
         """Return the ε of executed mechanisms at this plan's δ."""
@@ -132,7 +135,9 @@ def build_client_level_plan(
     participation, factorization, sensitivity = None, INDEPENDENT, 1.0
     if not isinstance(privacy.noise, IndependentNoise):
         limits = privacy.noise
-        participation = Participation(federation.rounds, limits.min_separation, limits.max_participations)
+        participation = Participation.in_rotation(
+            federation.rounds, population, cohort, limits.min_separation, limits.max_participations
+        )
         participation.refuse_impossible(population, cohort)
         factorization = build_factorization(limits, participation)
         sensitivity = factorization.sensitivity(participation)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy, deepcopy
+
 import torch
 
 from privacy.adaptive_clip import next_clip_norm
@@ -50,12 +53,46 @@ class ClippedSum:
 
 
 class ClientLevelRelease:
-    """Noise state and clip norm from round to round. They live in memory, for one run."""
+    """Noise state and clip norm from round to round: what is public of it is two numbers, the rest is drawn again."""
 
     def __init__(self, plan: ClientLevelPlan) -> None:
         self._plan = plan
         self._noise = plan.factorization.start()
         self._clip_norm = plan.clip_norm
+
+    @classmethod
+    def resumed(
+        cls,
+        plan: ClientLevelPlan,
+        rounds: int,
+        clip_norm: float,
+        values: int,
+        stream_of: Callable[[int], SecureStream],
+    ) -> ClientLevelRelease:
+        """Return the release as it was after `rounds` rounds, bit for bit.
+
+        The state of correlated noise follows from the noise drawn so far, so it is drawn again and never stored.
+
+        Args:
+            plan: of the run.
+            rounds: rounds that were released.
+            clip_norm: as it was after them.
+            values: coordinates of a released sum.
+            stream_of: returns the stream of a round, from 1, as it was given to `release`; not called where noise is
+                independent.
+        """
+        release = cls(plan)
+        release._clip_norm = clip_norm
+        for number in range(1, rounds + 1 if plan.participation is not None else 1):
+            stream = stream_of(number)
+            release._noise.next(lambda stream=stream: stream.gaussian(values))
+        return release
+
+    def copy(self) -> ClientLevelRelease:
+        """Return another release in the same state; what one does next does not move the other."""
+        twin = copy(self)
+        twin._noise = deepcopy(self._noise)
+        return twin
 
     @property
     def clip_norm(self) -> float:

@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import nn
 
-from privacy.clipping import clipped_sum, sum_by_unit
+from privacy.clipping import ClippedSum, clipped_sum, sum_by_unit
 from privacy.noise import NoiseAhead
 from privacy.per_example import ONE_BY_ONE, PatchedForwards, Recorder
 from privacy.plan import PrivacyPlan
@@ -25,11 +25,11 @@ from privacy.randomness import SecureStream
 from privacy.released_loss import ReleasedLoss
 from protocol.errors import PrivacyError
 
-__all__ = ["NativeGradients", "OneByOneGradients", "OpacusGradients", "layers_without_opacus_rule"]
+__all__ = ["NativeGradients", "NoisySum", "OneByOneGradients", "OpacusGradients", "layers_without_opacus_rule"]
 
 
-class _NoisySum(ABC):
-    """What all ways of getting per-example gradients share: the running clipped sum, and the noised result."""
+class NoisySum(ABC):
+    """What all ways of clipping share: the running clipped sum, and the noised result."""
 
     max_micro_batch: int | None = None
 
@@ -70,7 +70,7 @@ class _NoisySum(ABC):
         """
         if owners is None:
             owners = torch.arange(len(losses), device=losses.device)
-        result = clipped_sum(self._per_unit(losses, owners), self._noise.clip_norm, self._noise.fold)
+        result = self._clipped(losses, owners)
         self._sums = tuple(total + part for total, part in zip(self._sums, result.sums, strict=True))
         self.clipped += result.clipped
         self.non_finite += result.non_finite
@@ -91,14 +91,28 @@ class _NoisySum(ABC):
             self._ahead.close()
 
     @abstractmethod
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
-        """Return each unit's gradient, one tensor of shape (units, *parameter shape) per parameter."""
+    def _clipped(self, losses: torch.Tensor, owners: torch.Tensor) -> ClippedSum:
+        """Return the sum over units of their clipped gradients."""
 
     def _zeros(self) -> tuple[torch.Tensor, ...]:
         return tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
 
 
-class NativeGradients(_NoisySum):
+class _PerUnit(NoisySum):
+    """Clips the units' gradients themselves."""
+
+    @abstractmethod
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's unclipped gradient, one tensor of shape (units, *parameter shape) per parameter.
+
+        What `accumulate` clips and sums, with the same arguments.
+        """
+
+    def _clipped(self, losses: torch.Tensor, owners: torch.Tensor) -> ClippedSum:
+        return clipped_sum(self.per_unit(losses, owners), self._noise.clip_norm, self._noise.fold)
+
+
+class NativeGradients(_PerUnit):
     """All examples of a micro-batch in one backward pass, through the rules of `privacy.per_example`."""
 
     def __init__(
@@ -117,16 +131,18 @@ class NativeGradients(_NoisySum):
         super().close()
         self._patched.close()
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient from one backward pass of all losses."""
         return sum_by_unit(self._recorder.backward(losses), owners)
 
 
-class OneByOneGradients(_NoisySum):
+class OneByOneGradients(_PerUnit):
     """One unit per backward pass: exact whatever the layers are."""
 
     max_micro_batch: int | None = 1
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return the gradient of the one unit, shape (1, *parameter shape)."""
         if int(owners.max()) > 0:
             raise ValueError(f"one unit at a time, not {int(owners.max()) + 1}; privacy.gradients allows no more here")
         for parameter in self._trained.values():
@@ -141,7 +157,7 @@ class OneByOneGradients(_NoisySum):
         return gradient[None]
 
 
-class OpacusGradients(_NoisySum):
+class OpacusGradients(_PerUnit):
     """All examples of a micro-batch in one backward pass, through Opacus' hooks."""
 
     def __init__(
@@ -154,13 +170,19 @@ class OpacusGradients(_NoisySum):
         super().__init__(plan, trained, stream)
         # The losses are summed, so each hook sees the gradient of the example's own loss.
         self._hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum", strict=True)
+        self._network = network
 
     def close(self) -> None:
         """Remove the hooks."""
         super().close()
         self._hooks.cleanup()
+        for module in self._network.modules():
+            # What a forward pass whose backward failed has left: the whole batch's activations.
+            vars(module).pop("activations", None)
+            vars(module).pop("max_batch_len", None)
 
-    def _per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+    def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
+        """Return each unit's gradient from what the hooks left."""
         losses.sum().backward()
         rows = [self._taken(name, parameter, len(losses)) for name, parameter in self._trained.items()]
         return sum_by_unit(rows, owners)

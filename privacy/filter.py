@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from privacy.mechanisms import SubsampledGaussian
 from privacy.renyi import conversion, order_costs
 from protocol.errors import PrivacyError
@@ -13,7 +15,7 @@ from protocol.errors import PrivacyError
 __all__ = ["RenyiFilter"]
 
 _ORDERS = range(2, 1025)
-_SHARE = 0.85
+_SHARE, _SHARE_OF_EXPECTED = 0.85, 0.95
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class RenyiFilter:
     for fixed parameters may fail for adaptive ones (Rogers et al. 2016, arXiv 1605.08294): a schedule that was not
     declared beforehand is admitted here and nowhere else.
 
-    The order follows from (`epsilon`, `delta`) alone, so nobody can choose it after the fact. Unsampled Gaussian steps
-    cost in proportion to the order, and the most of them fit where limit / order is largest; the order is the smallest
-    at which at least 85 percent of that many fit. Smaller is safer: below the best order a few sampled steps fewer fit,
-    above it their cost grows exponentially. It is an integer, at which the cost of sampled discrete noise is exact.
+    The order follows from (`epsilon`, `delta`) and the step that is `expected`, which must be known before the first
+    output; so nobody can choose it after the fact. It is the smallest at which at least 95 percent of the most expected
+    steps fit that fit at any order. Without an expectation, unsampled Gaussian steps are taken for it, whose cost is in
+    proportion to the order, and 85 percent. Smaller is safer: below the best order a few sampled steps fewer fit, above
+    it their cost grows exponentially. It is an integer, at which the cost of sampled discrete noise is exact.
 
     Raises:
         PrivacyError: an ε or δ for which no order leaves anything.
@@ -37,6 +40,7 @@ class RenyiFilter:
 
     epsilon: float
     delta: float
+    expected: SubsampledGaussian | None = None
 
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and 0 < self.delta < 1):
@@ -50,8 +54,11 @@ class RenyiFilter:
     @cached_property
     def order(self) -> int:
         """The Rényi order α at which everything is counted."""
-        fitting = [self._limit_at(order) / order for order in _ORDERS]
-        return next(order for order, fits in zip(_ORDERS, fitting, strict=True) if fits >= _SHARE * max(fitting))
+        limits = np.array([self._limit_at(order) for order in _ORDERS])
+        fitting, share = limits / np.array(_ORDERS), _SHARE
+        if self.expected is not None and self.expected.steps and self.expected.noise_multiplier:
+            fitting, share = limits / order_costs([self.expected.repeated(1)], _ORDERS), _SHARE_OF_EXPECTED
+        return _ORDERS[int(np.argmax(fitting >= share * fitting.max()))]
 
     @property
     def limit(self) -> float:

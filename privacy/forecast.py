@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conf.schema.federation import Federation, LocalTraining
 from conf.schema.privacy import ClientLevel, ExampleLevel, LocalPrivacy, NoPrivacy, UserLevel
-from privacy.accounting import epsilon_of, selection_epsilon
+from privacy.accounting import epsilon_of, epsilon_over_sites, selection_epsilon
+from privacy.calibration import is_reachable
 from privacy.client_level import build_client_level_plan
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan, build_plan, default_delta
@@ -23,13 +24,14 @@ __all__ = [
     "group_cost",
     "nearest_feasible",
     "of_rank",
+    "person_cost",
     "search_cost",
     "selection_cost",
     "signal_to_noise",
     "variations",
 ]
 
-_MOST_NOISE = 1000.0
+_LOUDEST = {"target_epsilon": None, "noise_multiplier": 1000.0}
 """The calibration looks no further."""
 _STRIDE, _STRIDES = 1.1, 20
 
@@ -44,6 +46,7 @@ class Scenario:
         sites: sites whose updates are averaged in a round.
         parameters: trained values, d; None when the model's files are not at hand.
         curve_points: rounds at which ε is computed.
+        with_fixes: whether to look for what would make an infeasible scenario feasible.
     """
 
     label: str
@@ -54,6 +57,7 @@ class Scenario:
     sites: int = 1
     parameters: int | None = None
     curve_points: int = 6
+    with_fixes: bool = True
 
     @property
     def steps(self) -> int:
@@ -77,6 +81,8 @@ class Outlook:
     snr_round: float | None = None
     snr_run: float | None = None
     relation: str = ""
+    epsilon_person: float | None = None
+    """Of a person who is known at `sites_per_person` sites; of a whole federation only."""
     problem: str = ""
     fixes: tuple[str, ...] = ()
 
@@ -116,7 +122,8 @@ def _outlook(scenario: Scenario) -> Outlook:
     try:
         plan = _plan(scenario)
     except PrivacyError as error:
-        return replace(empty, problem=str(error), fixes=nearest_feasible(scenario))
+        fixes = nearest_feasible(scenario) if scenario.with_fixes else ()
+        return replace(empty, problem=str(error), fixes=fixes)
     curve = tuple(
         (r, plan.epsilon([plan.mechanism(plan.steps_per_round * r)]))
         for r in _rounds(scenario.rounds, scenario.curve_points)
@@ -180,19 +187,18 @@ def _louder_loss(scenario: Scenario) -> Iterator[str]:
 def _reachable(scenario: Scenario, privacy: ExampleLevel | UserLevel, target: float) -> Iterator[str]:
     """Yield a target near the least ε that the steps can cost, and the most rounds that the target allows."""
 
+    loudest = _plan(replace(scenario, privacy=privacy.model_copy(update=_LOUDEST)))
+    delta = loudest.delta
+    if delta is None:
+        return
+
     def works(target: float, rounds: int) -> bool:
-        try:
-            _plan(replace(scenario, privacy=privacy.model_copy(update={"target_epsilon": target}), rounds=rounds))
-        except PrivacyError:
-            return False
-        return True
+        return is_reachable(target, delta, loudest.mechanism(loudest.steps_per_round * rounds))
 
     if works(target, scenario.rounds):
         return
-    loudest = privacy.model_copy(update={"target_epsilon": None, "noise_multiplier": _MOST_NOISE})
-    plan = _plan(replace(scenario, privacy=loudest))
     # The calibration gives up a little above what the accountant could reach: go up in small steps until it does not.
-    least = plan.epsilon([plan.whole_run])
+    least = loudest.epsilon([loudest.whole_run])
     rounded = (float(f"{least * _STRIDE**step:.3g}") for step in range(1, _STRIDES))
     reachable = next((each for each in rounded if works(each, scenario.rounds)), None)
     if reachable is not None:
@@ -224,7 +230,7 @@ def variations(scenario: Scenario) -> tuple[Scenario, ...]:
         half = privacy.target_epsilon / 2
         stricter = privacy.model_copy(update={"target_epsilon": half})
         found.append(replace(scenario, label=f"privacy.target_epsilon={half:g}", privacy=stricter))
-    return tuple(replace(each, curve_points=1) for each in found)
+    return tuple(replace(each, curve_points=1, with_fixes=False) for each in found)
 
 
 def of_rank(outlook: Outlook, rank: int, parameters: int | None, smaller: int | None) -> Outlook:
@@ -260,6 +266,18 @@ def group_cost(scenario: Scenario, outlook: Outlook, size: int) -> float:
     """Return the ε of `size` units together, at the same δ: of a person whose records are protected one by one."""
     run, delta = _priced(scenario, outlook)
     return epsilon_of([run], delta, group_size=size)
+
+
+def person_cost(sites: Sequence[tuple[Scenario, Outlook, int]], several: int) -> float:
+    """Return the ε of a person who is known at up to `several` sites, at the largest δ of any.
+
+    Args:
+        sites: each feasible scenario with its outlook, and how many sites are like it.
+        several: at least 1.
+    """
+    priced = [(*_priced(scenario, outlook), count) for scenario, outlook, count in sites]
+    executed = [[run] for run, _, count in priced for _ in range(min(count, several))]
+    return epsilon_over_sites(executed, max(delta for _, delta, _ in priced), overlap=min(several, len(executed)))
 
 
 def _priced(scenario: Scenario, outlook: Outlook) -> tuple[SubsampledGaussian, float]:
@@ -307,6 +325,7 @@ def client_outlook(
         snr_round=snr(1),
         snr_run=snr(rounds),
         relation=plan.relation,
+        epsilon_person=epsilon_of([plan.whole_run], plan.delta, group_size=federation.sites_per_person),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,11 +15,25 @@ from privacy.no_privacy import PlainGradients
 from privacy.per_example import couples_examples, layers_without_native_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
+from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
 
-__all__ = ["GradientRule", "gradient_rule"]
+__all__ = [
+    "GradientRule",
+    "batched_gradients",
+    "gradient_rule",
+    "refuse_coupled_examples",
+    "refuse_or_warn",
+    "trained_without_rule",
+]
 
 _log = logging.getLogger(__name__)
+_BATCHED: dict[str, type[NativeGradients] | type[OpacusGradients]] = {
+    "native": NativeGradients,
+    "opacus": OpacusGradients,
+}
+_TRIAL = PrivacyPlan("none", "none", PoissonSampling(1.0, 1), 1.0, 0.0, 1.0, 1, 1, None)
+"""Draws nothing and promises nothing."""
 
 
 class GradientRule(Protocol):
@@ -84,34 +99,66 @@ def gradient_rule(
     """
     if not plan.is_private:
         return PlainGradients(plan, trained, stream)
+    refuse_coupled_examples(network)
+    # A record's own gradient must not depend, not even by rounding, on what it was padded and batched with.
+    if per_example != "one_by_one" and not plan.discrete:
+        problem = trained_without_rule(per_example, network, trained)
+        if problem is None:
+            return _BATCHED[per_example](plan, network, trained, stream)
+        refuse_or_warn(problem, without_rule)
+    return OneByOneGradients(plan, trained, stream)
+
+
+@contextmanager
+def batched_gradients(
+    per_example: str, network: nn.Module, trained: Mapping[str, nn.Parameter]
+) -> Generator[Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]]:
+    """Give what a rule clips: losses (examples,) and their units to one tensor (units, *parameter shape) a parameter.
+
+    Nothing is clipped, noised or drawn: for a network that is tried on made-up examples.
+    """
+    stream = SecureStream.from_operating_system()
+    rule = _BATCHED[per_example](_TRIAL, network, trained, stream)
+    try:
+        yield rule.per_unit
+    finally:
+        rule.close()
+
+
+def refuse_coupled_examples(network: nn.Module) -> None:
+    """Refuse a network with a layer that is known to mix the examples of a batch.
+
+    Raises:
+        PrivacyError: naming a batch norm.
+    """
     coupling = couples_examples(network)
     if coupling:
         raise PrivacyError(
             f"{coupling[0]} mixes the examples of a batch, so no example's influence is bounded; use a model without "
             "batch norm (a layer norm or a group norm will do)"
         )
-    # A record's own gradient must not depend, not even by rounding, on what it was padded and batched with.
-    if per_example != "one_by_one" and not plan.discrete:
-        build, missing = _batched(per_example, network, trained)
-        if not missing:
-            return build(plan, network, trained, stream)
-        _refuse_or_warn(per_example, missing, without_rule)
-    return OneByOneGradients(plan, trained, stream)
 
 
-def _batched(
-    per_example: str, network: nn.Module, trained: Mapping[str, nn.Parameter]
-) -> tuple[Callable[..., GradientRule], list[str]]:
-    if per_example == "native":
-        return NativeGradients, layers_without_native_rule(network, trained)
-    if per_example == "opacus":
-        return OpacusGradients, layers_without_opacus_rule(network)
-    raise ValueError(f"per_example={per_example!r} is none of native, opacus, one_by_one")
-
-
-def _refuse_or_warn(per_example: str, missing: list[str], without_rule: str) -> None:
+def trained_without_rule(per_example: str, network: nn.Module, trained: Mapping[str, nn.Parameter]) -> str | None:
+    """Return a sentence that names the trained layers without a rule in `native` or `opacus`; None if all have one."""
+    if per_example == "one_by_one":
+        return None
+    if per_example not in _BATCHED:
+        raise ValueError(f"per_example={per_example!r} is none of {', '.join(_BATCHED)}, one_by_one")
+    native = per_example == "native"
+    missing = layers_without_native_rule(network, trained) if native else layers_without_opacus_rule(network)
+    if not missing:
+        return None
     named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-    problem = f"{len(missing)} trained layer(s) have no per-example gradient rule in {per_example}: {named}"
+    return f"{len(missing)} trained layer(s) have no per-example gradient rule in {per_example}: {named}"
+
+
+def refuse_or_warn(problem: str, without_rule: str) -> None:
+    """Refuse to train one unit at a time for a problem, or warn that it will be done.
+
+    Raises:
+        PrivacyError: under `refuse`.
+    """
     if without_rule == "refuse":
         raise PrivacyError(
             f"{problem}; set privacy.per_example_gradients=one_by_one (exact for every architecture, slower), or leave "

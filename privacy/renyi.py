@@ -76,14 +76,14 @@ def renyi_over_sites(sites: Sequence[Sequence[SubsampledGaussian]], delta: float
     return _best(costs[-overlap:].sum(axis=0), ORDERS, delta)
 
 
-def renyi_selection_epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float, mean_trials: float) -> float:
-    """Return ε of running the composition Poisson(`mean_trials`) times and keeping the best run's output alone.
+def renyi_selection_epsilon(runs: Sequence[Sequence[SubsampledGaussian]], delta: float, mean_trials: float) -> float:
+    """Return ε of running one of `runs`, drawn at random, Poisson(`mean_trials`) times and keeping the best alone.
 
     Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 6: at order α the cost ε(α) grows by
     mean · δ(log(1 + 1/(α-1))) + log(mean) / (α - 1), δ(·) being what the single run promises at that ε.
     """
     orders = np.asarray(ORDERS)
-    costs = order_costs(mechanisms, ORDERS)
+    costs = np.max([order_costs(run, ORDERS) for run in runs], axis=0)
     single = np.log1p(1 / (orders - 1))
     log_deltas = (orders - 1) * (costs - single[:, None] + np.log1p(-1 / orders)) - np.log(orders)
     deltas = np.exp(np.minimum(log_deltas.min(axis=1), 0.0))

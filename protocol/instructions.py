@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -29,6 +29,7 @@ __all__ = [
     "Instruction",
     "InstructionHeader",
     "PrivacyStatement",
+    "ReleaseClaim",
     "Reply",
     "ReplyHeader",
     "SiteCard",
@@ -79,6 +80,19 @@ def client_plan(experiment: Experiment, run: str) -> ClientPlan:
     )
 
 
+class ReleaseClaim(Frozen):
+    """What a server says it will do to the sum of clipped updates, in every round of a client-level run.
+
+    A site cannot verify it. It compares it with what the plan asks for, and books it.
+    """
+
+    noise_multiplier: float = Field(gt=0, description="of all that a round releases; of the whole run if correlated")
+    sampling_rate: float = Field(gt=0, le=1, description="1 unless cohorts are drawn in secret")
+    delta: float = Field(gt=0, lt=1)
+    min_separation: int | None = Field(default=None, ge=1, description="correlated noise only, as the next one")
+    max_participations: int | None = Field(default=None, ge=1)
+
+
 class InstructionHeader(Frozen):
     """One round's work. The digests are compared by the site before anything is spent."""
 
@@ -88,6 +102,11 @@ class InstructionHeader(Frozen):
     base_digest: str
     adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
     clip_norm: float | None = Field(default=None, gt=0, description="client-level: L2 bound on this round's update")
+    unused_rounds: tuple[int, ...] = Field(
+        default=(), description="earlier rounds of this run whose update from this site came too late or was rejected"
+    )
+
+    release: ReleaseClaim | None = Field(default=None, description="client-level: how the server noises the sum")
 
     @model_validator(mode="after")
     def _client_level_clips(self) -> InstructionHeader:
@@ -118,6 +137,10 @@ class PrivacyStatement(Frozen):
     clip_norm: float | None = None
     sampling_rate: float = Field(ge=0, le=1)
     steps_executed: int = Field(ge=0)
+    mechanism: dict[str, Any] | None = Field(
+        default=None,
+        description="what was executed, as an accountant reads it (privacy/mechanisms.py): public constants",
+    )
     insecure_seed: bool = False
 
 

@@ -19,15 +19,18 @@ from flwr.superlink.grid import InMemoryGrid
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
+from protocol.errors import ConfigError
+from server.budget import ServerBooks
 from server.collect import Waiting
 from server.evaluation import build_evaluator
-from server.events import Evaluated, Event, Observer, RoundFinished, SiteReplied
+from server.events import Evaluated, Event, Observer, RoundFinished, RunResumed, SiteReplied
 from server.rounds import Outcome, run_federation
 from server.run_directory import RunDirectory
 
-__all__ = ["Launch", "app", "launch_from_context", "new_run_path", "serve", "server_app"]
+__all__ = ["Launch", "app", "interrupted_run", "launch_from_context", "new_run_path", "serve", "server_app"]
 
 _log = logging.getLogger(__name__)
+_PULLERS = 8
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,24 @@ class Launch:
     heldout: Sequence[Row] | None = None
     expected_sites: int | None = None
     """How many sites must be connected; None takes `federation.expected_sites`."""
+    books: ServerBooks | None = None
+    """Of the server's ledger; None keeps it in the run directory, unless `federation.server_ledger` names a folder."""
     waits_forever: bool = False
     """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
     waiting: Waiting | None = None
     """How time passes while replies are awaited; None: as everywhere."""
+    pullers: int = 0
+    """Threads that wait for replies; 0 where sites are simulated, since their work is done inside the wait."""
+    resume: bool = False
+    """Go on with the run in `path`, from its newest checkpoint."""
 
 
 def serve(grid: Grid, launch: Launch) -> Outcome:
     """Run an experiment on whatever runtime `grid` leads to."""
     experiment = launch.experiment
-    directory = RunDirectory(launch.path, experiment, base_digest(experiment.model))
+    directory = RunDirectory(
+        launch.path, experiment, base_digest(experiment.model), books=_books(launch), resume=launch.resume
+    )
 
     def observe(event: Event) -> None:
         directory.observe(event)
@@ -68,8 +79,16 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
             observe,
             expected_sites=expected,
             timeout_s=timeout_s,
+            pullers=launch.pullers,
             waiting=launch.waiting,
         )
+
+
+def _books(launch: Launch) -> ServerBooks | None:
+    federation = launch.experiment.federation
+    if federation.server_ledger is None:
+        return launch.books
+    return ServerBooks(Path(federation.server_ledger), federation.server_budget)
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
@@ -94,24 +113,45 @@ def _on_flowers_engine(grid: Grid, launch: Launch) -> Launch:
     nodes = len(list(grid.get_node_ids()))
     for entry in entry_points(group="cloister.simulated_nodes"):
         entry.load()(launch.experiment, nodes)
-    return replace(launch, expected_sites=nodes)
+    # One simulation after another spends nothing of real sites, so each keeps its books for itself.
+    return replace(launch, expected_sites=nodes, pullers=0, books=None)
 
 
 def launch_from_context(context: Context) -> Launch:
-    """Return the launch that Flower's run config describes: `experiment` (JSON), or `overrides` as on the command line.
+    """Return the launch that Flower's run config describes: `experiment` (JSON), `overrides` as on the command line, or
+    `resume`, the name of an interrupted run in this server's `runs` folder.
 
     Raises:
-        InvalidConfiguration: naming every problem.
+        ConfigError: naming every problem.
     """
     from conf.compose import compose_experiment, parse_experiment
 
-    stored, overrides = str(context.run_config.get("experiment", "")), str(context.run_config.get("overrides", ""))
-    experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
+    stored, overrides, resumed = (str(context.run_config.get(key, "")) for key in ("experiment", "overrides", "resume"))
     home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
-    path = new_run_path(experiment, home / "runs", datetime.now(UTC))
+    runs = home / "runs"
+    if resumed:
+        path = interrupted_run(runs, resumed)
+        experiment = parse_experiment((path / "config.json").read_bytes())
+    else:
+        experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
+        path = new_run_path(experiment, runs, datetime.now(UTC))
     _log_to_terminal()
     _log.info("run directory: %s", path)
-    return Launch(experiment, path, observers=(_log_event,))
+    books = ServerBooks(home / "server", experiment.federation.server_budget)
+    return Launch(experiment, path, observers=(_log_event,), books=books, pullers=_PULLERS, resume=bool(resumed))
+
+
+def interrupted_run(runs: Path, name: str) -> Path:
+    """Return the folder of a run by its name, or by its path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = runs / name
+    if not (path / "config.json").is_file():
+        known = ", ".join(sorted(each.parent.name for each in runs.glob("*/config.json"))[-5:]) or "none"
+        raise ConfigError(f"there is no run {name!r} to resume in {runs}; the newest there: {known}")
+    return path
 
 
 def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:
@@ -134,6 +174,8 @@ def _log_to_terminal() -> None:
 def _log_event(event: Event) -> None:
     if isinstance(event, SiteReplied) and not event.accepted:
         _log.warning("round %d: %s not used: %s, %s", event.round, event.site, event.code, event.reason)
+    elif isinstance(event, RunResumed):
+        _log.info("goes on after round %d", event.round)
     elif isinstance(event, RoundFinished):
         if event.accepted is None:
             _log.info("round %d: finished", event.round)

@@ -24,8 +24,9 @@ from conf.schema.federation import Buffered, Mode, Synchronous
 from protocol.instructions import Reply
 from protocol.records import instruction_to_record, payload_bytes
 from protocol.tensors import NamedTensors
+from server.arrivals import arrivals
 from server.cohort import Member
-from server.collect import POLL_S, Assignment, Collected, Waiting, accepted, collect, judged, pull_one, unused
+from server.collect import Assignment, Collected, Waiting, accepted, collect, judged, not_used
 from server.events import SiteReplied
 
 __all__ = ["BufferedCollector", "Collector", "collector_for", "staleness_weight"]
@@ -49,11 +50,13 @@ class Collector(Protocol):
         ...
 
 
-def collector_for(mode: Mode, grid: Grid, timeout_s: float, waiting: Waiting | None = None) -> Collector:
-    """Return how a run collects replies."""
+def collector_for(
+    mode: Mode, grid: Grid, timeout_s: float, pullers: int = 0, waiting: Waiting | None = None
+) -> Collector:
+    """Return how a run collects replies. A buffer pulls in one thread: what a thread pulled too late would be lost."""
     match mode:
         case Synchronous():
-            return _CohortCollector(grid, timeout_s, waiting)
+            return _CohortCollector(grid, timeout_s, pullers, waiting)
         case Buffered():
             return BufferedCollector(grid, mode, timeout_s, waiting or Waiting())
         case _:
@@ -71,6 +74,7 @@ class _CohortCollector:
 
     grid: Grid
     timeout_s: float
+    pullers: int
     waiting: Waiting | None
 
     def collect(
@@ -83,7 +87,14 @@ class _CohortCollector:
     ) -> Collected:
         """See `server.collect.collect`."""
         return collect(
-            self.grid, assignments, cohort, accept, observe, timeout_s=self.timeout_s, waiting_by=self.waiting
+            self.grid,
+            assignments,
+            cohort,
+            accept,
+            observe,
+            timeout_s=self.timeout_s,
+            pullers=self.pullers,
+            waiting_by=self.waiting,
         )
 
 
@@ -114,19 +125,23 @@ class BufferedCollector:
         work, or the time is up."""
         self._ask(round_number, assignments, cohort)
         counts, aggregating, clock = {True: 0, False: 0}, 0.0, self._waiting.clock
+        again: list[str] = []
         began = clock()
-        while counts[True] < self._mode.buffer_size and self._at_work and clock() - began < self._timeout_s:
-            arrived = pull_one(self._grid, {identifier: work.site for identifier, work in self._at_work.items()})
-            if arrived is None:
-                self._waiting.sleep(POLL_S)
-                continue
-            identifier, message = arrived
-            folding = clock()
-            outcome = self._taken(self._at_work.pop(identifier), message, round_number, accept)
+        pulled = arrivals(
+            self._grid, self._at_work, timeout_s=self._timeout_s, pullers=0, clock=clock, sleep=self._waiting.sleep
+        )
+        for identifier, message in pulled:
+            work, folding = self._at_work.pop(identifier), clock()
+            outcome, refused = self._taken(work, message, round_number, accept)
             aggregating += clock() - folding
             counts[outcome.accepted] += 1
+            if not outcome.accepted and not refused and work.round == round_number:
+                again.append(work.site)
             observe(outcome)
-        return Collected(counts[True], counts[False], clock() - began - aggregating, aggregating)
+            if counts[True] == self._mode.buffer_size:
+                break
+        waited = clock() - began - aggregating
+        return Collected(counts[True], counts[False], tuple(sorted(again)), waited, aggregating)
 
     def _ask(self, round_number: int, assignments: Mapping[str, Assignment], cohort: tuple[Member, ...]) -> None:
         busy = {work.site for work in self._at_work.values()}
@@ -140,12 +155,12 @@ class BufferedCollector:
             down = payload_bytes(sent[id(assignment)])
             self._at_work[identifier] = _AtWork(member.site, round_number, assignment, down)
 
-    def _taken(self, work: _AtWork, message: Message, round_number: int, accept: Accept) -> SiteReplied:
-        """Return what became of a reply, as an event of the round that it came into."""
+    def _taken(self, work: _AtWork, message: Message, round_number: int, accept: Accept) -> tuple[SiteReplied, bool]:
+        """Return what became of a reply, as an event of the round that it came into, and whether it is a refusal."""
         instruction, staleness = work.assignment.instruction, round_number - work.round
-        outcome, reply = judged(message, work.site, instruction, work.assignment.expected, work.bytes_down)
+        outcome, reply, refused = judged(message, work.site, instruction, work.assignment.expected, work.bytes_down)
         if reply is not None and staleness > self._mode.max_staleness:
-            outcome = unused(
+            outcome = not_used(
                 instruction,
                 work.site,
                 work.bytes_down,
@@ -158,4 +173,5 @@ class BufferedCollector:
             weight = staleness_weight(staleness)
             scaled = {name: tensor * weight for name, tensor in reply.tensors.items()}
             outcome = accepted(outcome, replace(reply, tensors=scaled), accept, instruction.tensors)
-        return replace(outcome, round=round_number, metrics={**outcome.metrics, "staleness": float(staleness)})
+        shown = replace(outcome, round=round_number, metrics={**outcome.metrics, "staleness": float(staleness)})
+        return shown, refused

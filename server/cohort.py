@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, MessageType, RecordDict
@@ -47,6 +47,7 @@ def enroll(
     expected_sites: int,
     timeout_s: float,
     *,
+    names: Collection[str] | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Member, ...]:
@@ -55,8 +56,11 @@ def enroll(
     Nodes that have been asked by then get a few seconds more; then the run starts without those that hang. A node
     that disconnects before the start is out, and is asked again when it returns.
 
+    With `names`, the sites of a run that is resumed, all of these are waited for and no other takes part: a cohort
+    drawn from other sites would be another run.
+
     Raises:
-        FederationError: too few cards in time, or two connected nodes with one name.
+        FederationError: too few cards in time, one of `names` missing, or two connected nodes with one name.
     """
     if math.isinf(timeout_s):
         timeout_s = 0.0  # in one process a node answers when it is asked, or never
@@ -64,10 +68,19 @@ def enroll(
     roll = _Roll(grid)
     while True:
         roll.poll()
-        now, cards = clock(), len(roll.members)
+        present = {member.site for member in roll.members.values()}
+        if names is not None and present.issuperset(names):
+            break
+        now, cards = clock(), len(present) if names is None else 0
         starts_by = min(starts_by, now + _GRACE_S) if cards >= expected_sites else math.inf
         if cards >= expected_sites and (now >= starts_by or not roll.pending):
             break
+        if names is not None and now >= deadline:
+            missing = ", ".join(sorted(set(names) - present))
+            raise FederationError(
+                f"sites of this run have not connected within {timeout_s:.0f} s: {missing}; a run is resumed with the "
+                "sites that it started with, so start their SuperNodes"
+            )
         if cards < expected_sites and now >= deadline:
             raise FederationError(
                 f"{cards} of federation.expected_sites={expected_sites} sites answered with a card within "
@@ -77,7 +90,8 @@ def enroll(
         sleep(_POLL_S)
     for node in roll.pending:
         _log.warning("node %d has not sent its card; the run starts without it", node)
-    return tuple(sorted(roll.members.values(), key=lambda member: member.site))
+    chosen = [member for member in roll.members.values() if names is None or member.site in names]
+    return tuple(sorted(chosen, key=lambda member: member.site))
 
 
 def draw_cohort(members: tuple[Member, ...], size: int | None, seed: int, round_number: int) -> tuple[Member, ...]:

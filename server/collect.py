@@ -15,12 +15,12 @@ from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instruction_to_record, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors, verify
+from server.arrivals import arrivals
 from server.cohort import Member
 from server.events import SiteReplied
 
-__all__ = ["POLL_S", "Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "pull_one", "unused"]
+__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_used"]
 
-POLL_S = 0.2
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
 
@@ -47,6 +47,8 @@ class Collected:
 
     accepted: int
     rejected: int
+    unused: tuple[str, ...]
+    """Sites whose update, if they made one, was not used although they did not refuse: they are told next time."""
     waiting_s: float
     aggregating_s: float
 
@@ -59,6 +61,7 @@ def collect(
     observe: Callable[[SiteReplied], None],
     *,
     timeout_s: float,
+    pullers: int = 0,
     waiting_by: Waiting | None = None,
 ) -> Collected:
     """Send each site of the cohort its instruction and hand each verified reply to `accept`, as it arrives.
@@ -72,7 +75,9 @@ def collect(
         cohort: whom to ask.
         accept: takes a site's name, its verified reply and the tensors it was sent.
         observe: takes what became of each site's reply.
-        timeout_s: how long to wait for all replies together.
+        timeout_s: how long to wait for all replies together. What comes later is dropped: a round's result must not
+            depend on when the next one starts.
+        pullers: threads that wait for replies, so that one slow upload does not hold up the others; 0: this thread.
         waiting_by: the clock and the sleep; None: the machine's.
     """
     clock, sleep = (waiting_by or Waiting()).clock, (waiting_by or Waiting()).sleep
@@ -82,32 +87,33 @@ def collect(
     sites = {member.node_id: member.site for member in cohort}
     messages = [Message(records[id(assignments[member.site])], member.node_id, MessageType.TRAIN) for member in cohort]
     identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
-    waiting: dict[str, str] = {
+    waiting = {
         identifier: sites[message.metadata.dst_node_id]
         for identifier, message in zip(identifiers, messages, strict=True)
     }
     counts = {True: 0, False: 0}
+    unused: list[str] = []
     aggregating, began = 0.0, clock()
-    while waiting and clock() - began < timeout_s:
-        arrived = pull_one(grid, waiting)
-        if arrived is None:
-            sleep(POLL_S)
-            continue
-        identifier, message = arrived
+    pulled = arrivals(grid, waiting, timeout_s=timeout_s, pullers=pullers, clock=clock, sleep=sleep)
+    for identifier, message in pulled:
         site = waiting.pop(identifier)
         assignment, bytes_down = asked[site]
-        outcome, reply = judged(message, site, assignment.instruction, assignment.expected, bytes_down)
+        outcome, reply, refused = judged(message, site, assignment.instruction, assignment.expected, bytes_down)
         if reply is not None:
             folding = clock()
             outcome = accepted(outcome, reply, accept, assignment.instruction.tensors)
             aggregating += clock() - folding
+        if not outcome.accepted and not refused:
+            unused.append(site)
         counts[outcome.accepted] += 1
         observe(outcome)
     for site in waiting.values():
         counts[False] += 1
+        unused.append(site)
         assignment, bytes_down = asked[site]
-        observe(unused(assignment.instruction, site, bytes_down, 0, "no_reply", f"no reply within {timeout_s:.0f} s"))
-    return Collected(counts[True], counts[False], clock() - began - aggregating, aggregating)
+        reason = f"no reply within {timeout_s:.0f} s; a later one is dropped, and the site is told"
+        observe(not_used(assignment.instruction, site, bytes_down, 0, "no_reply", reason))
+    return Collected(counts[True], counts[False], tuple(sorted(unused)), clock() - began - aggregating, aggregating)
 
 
 def accepted(
@@ -121,36 +127,25 @@ def accepted(
     return outcome
 
 
-def pull_one(grid: Grid, waiting: Mapping[str, str]) -> tuple[str, Message] | None:
-    """Return one reply that has arrived, with the identifier of the message it answers.
-
-    A node that died is reported under the SuperLink's own node id, so replies are matched by message, not by sender.
-    """
-    for identifier in waiting:
-        for message in grid.pull_messages([identifier]):
-            return identifier, message
-    return None
-
-
 def judged(
     message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
-) -> tuple[SiteReplied, Reply | None]:
-    """Return what became of a reply, and the reply itself when it may be aggregated."""
+) -> tuple[SiteReplied, Reply | None, bool]:
+    """Return what became of a reply, the reply itself when it may be aggregated, and whether it is a refusal."""
     if message.has_error():
         reason = f"Flower error {message.error.code}"
-        return unused(instruction, site, bytes_down, 0, "flower_error", reason), None
-    bytes_up, stated = 0, None
+        return not_used(instruction, site, bytes_down, 0, "flower_error", reason), None, False
+    bytes_up, stated, refused = 0, None, False
     try:
         bytes_up = payload_bytes(message.content)
         reply = record_to_reply(message.content)
         # The update was seen, so what it cost counts, whether or not it is used.
-        stated = reply.header.privacy
+        stated, refused = reply.header.privacy, reply.header.status == "refused"
         _verify(reply, site, instruction, expected)
     except ReplyRejected as problem:
-        return unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None
+        return not_used(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
     header = reply.header
     round_number = instruction.header.round
-    return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply
+    return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply, False
 
 
 def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout) -> None:
@@ -185,7 +180,7 @@ def _verify_clipped(reply: Reply, clip_norm: float, adaptive: bool) -> None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
 
 
-def unused(
+def not_used(
     instruction: Instruction,
     site: str,
     down: int,

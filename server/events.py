@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
 
 from protocol.instructions import PrivacyStatement
 
@@ -15,8 +17,11 @@ __all__ = [
     "RoundFinished",
     "RoundStarted",
     "RunFinished",
+    "RunResumed",
     "RunStarted",
     "SiteReplied",
+    "parse_event",
+    "surviving",
 ]
 
 
@@ -29,6 +34,17 @@ class RunStarted:
     sites: tuple[str, ...]
     trained_values: int
     kind: Literal["run_started"] = "run_started"
+
+
+@dataclass(frozen=True)
+class RunResumed:
+    """The run goes on after `round`; what was observed of later rounds before does not count."""
+
+    run: str
+    round: int
+    rounds: int
+    sites: tuple[str, ...]
+    kind: Literal["run_resumed"] = "run_resumed"
 
 
 @dataclass(frozen=True)
@@ -98,5 +114,28 @@ class RunFinished:
     kind: Literal["run_finished"] = "run_finished"
 
 
-Event = RunStarted | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished
+Event = RunStarted | RunResumed | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished
 Observer = Callable[[Event], None]
+
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+def parse_event(line: str | bytes) -> Event:
+    """Return the event that a line of `metrics.jsonl` holds.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    return _EVENT.validate_json(line)
+
+
+def surviving(events: Sequence[Event]) -> list[Event]:
+    """Return the events that count: what a resumed run did again is told once."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, RunStarted):
+            kept = []
+        elif isinstance(event, RunResumed):
+            kept = [each for each in kept if getattr(each, "round", 0) <= event.round]
+        kept.append(event)
+    return kept

@@ -208,9 +208,9 @@ def _traffic(summary: Mapping[str, Any]) -> Plot:
     name, title = "traffic", "Data moved per round"
     numbers = [item["round"] for item in summary["rounds"]]
     ways = {"to sites": "down", "from sites": "up"}
-    most = max((item["bytes"][way] for item in summary["rounds"] for way in ways.values()), default=0)
+    most = max((item["bytes"][way] or 0 for item in summary["rounds"] for way in ways.values()), default=0)
     if not most:
-        return Plot(name, title, "Left out: nothing was sent.")
+        return Plot(name, title, "Left out: nothing was sent, or secret cohorts keep it to themselves.")
     power = min(int(math.log10(most)) // 3, 4)
     unit = ("bytes", "KB", "MB", "GB", "TB")[power]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,12 +14,12 @@ from privacy.accounting import accountant_of
 from privacy.client_level import ClientLevelPlan, bounded_weights, build_client_level_plan
 from privacy.client_release import ClientLevelRelease, ClippedSum
 from privacy.ledger import Reservation
-from privacy.randomness import SecureStream
+from privacy.randomness import SecureStream, inputs_digest
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
-from protocol.instructions import PrivacyStatement, Reply, client_plan
+from protocol.instructions import PrivacyStatement, ReleaseClaim, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest
-from server.budget import RunBudget, open_budget
+from server.budget import RunBudget, agreed_delta
 from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
@@ -40,6 +42,11 @@ class Protection(Protocol):
     @property
     def clip_norm(self) -> float | None:
         """What sites clip their update to in the next round."""
+        ...
+
+    @property
+    def claim(self) -> ReleaseClaim | None:
+        """What sites are told of the server's noise."""
         ...
 
     def cohort(self, round_number: int) -> tuple[Member, ...]:
@@ -70,6 +77,14 @@ class Protection(Protocol):
         """Mark the round as spent, and return what was spent so far; before the new adapter is used or stored."""
         ...
 
+    def state(self) -> Mapping[str, float]:
+        """Return what the next round needs; stored in the checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+        """Go on from what `state` returned before an interruption; `layout` is that of the updates."""
+        ...
+
     def observer(self, observe: Observer) -> Observer:
         """Return an observer that passes on what may be known."""
         ...
@@ -85,7 +100,8 @@ def protection_for(
     """Return what an experiment asks of the server.
 
     Raises:
-        PrivacyError: client-level privacy that cannot be kept with these sites or this strategy.
+        PrivacyError: client-level privacy that cannot be kept with these sites or this strategy, or whose δ is not the
+            ledger's.
     """
     privacy = experiment.privacy
     if not isinstance(privacy, ClientLevel):
@@ -97,9 +113,12 @@ def protection_for(
         )
     counts = {member.site: member.card.published_records for member in members}
     weights = bounded_weights(counts, experiment.strategy.weights, privacy.max_weight)
-    plan = build_client_level_plan(privacy, experiment.federation, weights)
-    sites, digest_of_plan = (member.site for member in members), client_plan(experiment, directory.run).digest
-    budget = open_budget(directory.path, privacy, plan, sites, directory.run, digest_of_plan)
+    books = directory.books
+    delta = agreed_delta(privacy.delta, books.standing_budget())
+    plan = build_client_level_plan(privacy.model_copy(update={"delta": delta}), experiment.federation, weights)
+    epsilon = privacy.target_epsilon or plan.epsilon([plan.whole_run])
+    sites = [member.site for member in members]
+    budget = books.open(epsilon, plan, sites, directory.run, client_plan(experiment, directory.run).digest)
     return ClientLevelProtection(experiment, privacy.insecure_seed, plan, members, budget)
 
 
@@ -108,6 +127,7 @@ class NoProtection:
 
     needs_replies = True
     clip_norm = None
+    claim = None
 
     def __init__(self, experiment: Experiment, members: tuple[Member, ...]) -> None:
         self._experiment, self._members = experiment, members
@@ -146,6 +166,13 @@ class NoProtection:
 
     def commit(self) -> None:
         """Nothing was spent here."""
+
+    def state(self) -> Mapping[str, float]:
+        """Return nothing: cohorts follow from the seed."""
+        return {}
+
+    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+        """Nothing is carried on."""
 
     def observer(self, observe: Observer) -> Observer:
         """Pass on everything."""
@@ -189,6 +216,37 @@ class ClientLevelProtection:
         """What sites clip their update to in the next round."""
         return self._release.clip_norm
 
+    @property
+    def claim(self) -> ReleaseClaim:
+        """What sites are told of the server's noise, and may book."""
+        plan, limits = self._plan, self._plan.participation
+        return ReleaseClaim(
+            noise_multiplier=plan.noise_multiplier,
+            sampling_rate=plan.sampling_rate,
+            delta=plan.delta,
+            min_separation=None if limits is None else limits.min_separation,
+            max_participations=None if limits is None else limits.max_participations,
+        )
+
+    def state(self) -> dict[str, float]:
+        """Return what a server that starts again needs beside its own ledger and keys: rounds released, and the clip
+        norm after them. Both are public.
+        """
+        return {"rounds": self._round, "clip_norm": self.clip_norm}
+
+    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+        """Go on after `state`: what the next rounds release is bit for bit what it would have been.
+
+        Args:
+            state: of `state`, after the last round whose adapter was stored.
+            layout: of the updates.
+        """
+        self._round = int(state["rounds"])
+        values = sum(math.prod(spec.shape) for spec in layout.values())
+        self._release = ClientLevelRelease.resumed(
+            self._plan, self._round, float(state["clip_norm"]), values, self._correlated_stream
+        )
+
     def cohort(self, round_number: int) -> tuple[Member, ...]:
         """Return a Poisson cohort, which may be empty, or `cohort_size` sites within the participation limits."""
         federation, seed = self._experiment.federation, self._experiment.seed
@@ -204,39 +262,70 @@ class ClientLevelProtection:
         """Book the round; with correlated noise, the whole run before round 1."""
         self._round = round_number
         self._sum = self._release.new_sum(layout)
-        mechanism = self._plan.mechanism(round_number)
-        if mechanism is not None:
-            self._reservation = self._budget.reserve(round_number, mechanism)
+        self._reservation = self._budget.reserve(round_number, self._plan.mechanism(round_number))
 
     def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
         """Fold one clipped update, with the site's bounded weight."""
         self._folded.accumulate(reply.tensors, self._plan.weights[site], reply.header.below_clip)
 
     def combined(self) -> NamedTensors:
-        """Return the noised sum over the public normalizer; the exact sum is dropped."""
+        """Return the noised sum over the public normalizer; the exact sum is dropped.
+
+        A round that was released before, by a server that stopped then, gives the same bits. If other updates arrived
+        this time, independent noise is a new release, and charged; correlated noise cannot be drawn anew.
+
+        Raises:
+            PrivacyError: with correlated noise, a round was released before with other updates.
+            BudgetExceeded: the budget does not cover the new release.
+        """
+        reservation = self._reserved
         folded, self._sum = self._folded, None
-        released = self._release.release(folded, self._stream("noise", self._settings, self._round, _digest(folded)))
+        before = reservation.output_digest and self._release.copy()
+        released = self._noised(folded, reservation.attempt)
+        if before and digest(released) != reservation.output_digest:
+            if self._plan.participation is not None:
+                raise PrivacyError(
+                    f"round {self._round} of run {self._budget.run} was released before, with other updates: its "
+                    "correlated noise must not be used twice; start a new run, whose noise is independent"
+                )
+            self._release = before
+            mechanism = self._plan.mechanism(self._round)
+            self._reservation = self._budget.reserve(self._round, mechanism, fresh=True)
+            released = self._noised(folded, self._reservation.attempt)
         self._released = digest(released)
         return released
 
+    def _noised(self, folded: ClippedSum, attempt: int) -> NamedTensors:
+        if self._plan.participation is not None:
+            return self._release.release(folded, self._correlated_stream(self._round))
+        context = ("noise", self._settings, self._round, _digest(folded), attempt)
+        return self._release.release(folded, self._stream(*context))
+
+    def _correlated_stream(self, round_number: int) -> SecureStream:
+        """Return the randomness of a round's correlated noise: of the run and the round alone, so that it can be drawn
+        again. That it lies on one sum only is what `combined` and the ledger see to.
+        """
+        return self._stream("noise", self._settings, round_number)
+
     def commit(self) -> PrivacyStatement:
         """Commit the reservation, and return the run's statement."""
-        if self._reservation is not None:
-            self._budget.commit(self._reservation, self._released)
-            self._reservation = None
-        plan, spent = self._plan, self._budget.ledger.spent()
+        self._budget.commit(self._reserved, self._released)
+        self._reservation = None
+        plan, ledger = self._plan, self._budget.ledger
+        epsilon_budget = ledger.budget.epsilon
         return PrivacyStatement(
             unit="site",
             relation=plan.relation,
-            epsilon_run=spent,
-            epsilon_total=spent,
-            epsilon_budget=self._budget.ledger.budget.epsilon,
+            epsilon_run=ledger.spent(self._budget.run),
+            epsilon_total=min(ledger.spent(), epsilon_budget),
+            epsilon_budget=epsilon_budget,
             delta=plan.delta,
             accountant=accountant_of([plan.whole_run]),
             noise_multiplier=plan.noise_multiplier,
             clip_norm=self.clip_norm,
             sampling_rate=plan.sampling_rate,
             steps_executed=self._round,
+            mechanism=plan.executed(self._round).to_json(),
             insecure_seed=self._insecure_seed is not None,
         )
 
@@ -254,20 +343,27 @@ class ClientLevelProtection:
             raise RuntimeError("a round must be reserved before anything is folded into it")
         return self._sum
 
-    def _stream(self, *context: str | int) -> SecureStream:
-        """Return fresh randomness: the operating system's, unless it is to be repeatable.
+    @property
+    def _reserved(self) -> Reservation:
+        if self._reservation is None:
+            raise RuntimeError("a round must be reserved before anything of it is released")
+        return self._reservation
 
-        Repeatable noise is bound to the settings and to the exact sum that it is added to: the same noise never lies
-        on two different sums, or their difference would be free of it.
+    def _stream(self, *context: str | int) -> SecureStream:
+        """Return randomness from the server's key, bound to the run, its settings and its sites.
+
+        Independent noise is bound to the exact sum besides: the same noise never lies on two different sums, or their
+        difference would be free of it.
         """
         if self._insecure_seed is None:
-            return SecureStream.from_operating_system()
+            return SecureStream.derived(self._budget.secret, "server", self._budget.inputs, *context)
         return SecureStream.insecure(self._insecure_seed, "server", *context)
 
 
 def _digest(folded: ClippedSum) -> str:
-    """Return the digest of a sum, rounded so that the order of arrival does not show."""
-    return digest({name: part.float() for name, part in folded.parts.items()})
+    """Return the digest of all that is released of a round, rounded so that the order of arrival does not show."""
+    parts = digest({name: part.float() for name, part in folded.parts.items()})
+    return inputs_digest(parts, repr(folded.count))
 
 
 def _discreet(observe: Observer) -> Observer:
@@ -277,7 +373,8 @@ def _discreet(observe: Observer) -> Observer:
                 observe(replace(event, cohort=()))
             case SiteReplied():
                 if not event.accepted:
-                    _log.warning("round %d: a reply was not used: %s, %s", event.round, event.code, event.reason)
+                    # The reason may name the site: the log would tell who was in a secret cohort.
+                    _log.warning("round %d: a reply was not used: %s", event.round, event.code)
             case RoundFinished():
                 observe(replace(event, accepted=None, rejected=None))
             case _:

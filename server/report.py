@@ -162,7 +162,7 @@ def _facts(summary: Mapping[str, Any], experiment: Experiment) -> list[tuple[str
         ("Rounds finished", f"{done:,} of {experiment.federation.rounds:,}"),
         ("Largest ε", epsilon),
         ("Trained values", f"{summary['adapter']['trained_values']:,}"),
-        ("Data moved", _size(sum(summary["bytes"].values()))),
+        ("Data moved", _size(None if None in summary["bytes"].values() else sum(summary["bytes"].values()))),
         ("Time", _seconds(summary["seconds"]["total"] or sum(v or 0.0 for v in summary["seconds"].values()))),
     ]
     if found is not None:
@@ -248,7 +248,9 @@ def _scientific(value: Decimal) -> str:
     return f"{value.scaleb(-value.adjusted()):.2f}×10{str(value.adjusted()).translate(_SUPERSCRIPT)}"
 
 
-def _size(count: float) -> str:
+def _size(count: float | None) -> str:
+    if count is None:
+        return "withheld"
     if count < 1000:
         return _plural(round(count), "byte")
     for unit in ("bytes", "KB", "MB", "GB"):

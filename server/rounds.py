@@ -18,10 +18,11 @@ from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
 from server.buffered import Collector, collector_for
+from server.checkpoint import Checkpoint
 from server.cohort import Member, enroll
 from server.collect import Assignment, Collected, Waiting
 from server.evaluation import Evaluator
-from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunStarted
+from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
 from server.root import RootTraining, root_training
 from server.run_directory import RunDirectory
@@ -48,6 +49,7 @@ class _Run:
     base_digest: str
     strategy: Strategy
     protection: Protection
+    members: tuple[Member, ...]
     collector: Collector
     root: RootTraining | None
 
@@ -59,6 +61,8 @@ class _Progress:
     adapter: NamedTensors
     state: ServerState
     evaluation: Evaluated | None
+    unused: Mapping[str, tuple[int, ...]]
+    """Rounds whose update was not used and whose site has not been told yet."""
 
 
 def run_federation(
@@ -70,6 +74,7 @@ def run_federation(
     *,
     expected_sites: int,
     timeout_s: float,
+    pullers: int = 0,
     waiting: Waiting | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
@@ -83,21 +88,29 @@ def run_federation(
     federation = experiment.federation
     adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
-    members = enroll(grid, expected_sites, timeout_s)
+    checkpoint = directory.newest_checkpoint()
+    members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    root = root_training(experiment, evaluator)
-    collector = collector_for(federation.mode, grid, timeout_s, waiting)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, collector, root)
+    collector, root = (
+        collector_for(federation.mode, grid, timeout_s, pullers, waiting),
+        root_training(experiment, evaluator),
+    )
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, members, collector, root)
     observe = protection.observer(observe)
-    values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
-    observe(RunStarted(directory.run, federation.rounds, tuple(member.site for member in members), values))
-    evaluation = _evaluate(evaluator, adapter, 0, experiment, observe)
-    initial = strategy.server.init(adapter)
-    state = replace(initial, numbers={**initial.numbers, "population": float(len(members))})
-    progress = _Progress(adapter, state, evaluation)
     with closing(protection):
-        for number in range(1, federation.rounds + 1):
+        names = tuple(member.site for member in members)
+        if checkpoint is None:
+            values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+            observe(RunStarted(directory.run, federation.rounds, names, values))
+            state = strategy.server.init(adapter)
+            state = replace(state, numbers={**state.numbers, "population": float(len(members))})
+            progress = _Progress(adapter, state, _evaluate(evaluator, adapter, 0, experiment, observe), {})
+        else:
+            observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
+            protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
+            progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
+        for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
             progress = _round(run, number, progress, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, progress.adapter)
     observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
@@ -120,7 +133,7 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    assignments = _assignments(run, round_number, adapter, state, cohort)
+    assignments = _assignments(run, round_number, progress, cohort)
     if run.root is not None:
         state = replace(state, tensors={**state.tensors, **run.root.update(adapter, round_number)})
     aggregator = server.aggregator(adapter, state)
@@ -138,7 +151,6 @@ def _round(
     evaluating = clock()
     evaluation = _evaluate(evaluator, adapter, round_number, run.experiment, observe) or progress.evaluation
     evaluate_s = clock() - evaluating
-    directory.save_checkpoint(round_number, adapter)
     other_s = clock() - began - collected.waiting_s - aggregate_s - evaluate_s
     observe(
         RoundFinished(
@@ -154,23 +166,37 @@ def _round(
             dict(aggregator.metrics()),
         )
     )
-    return _Progress(adapter, state, evaluation)
+    unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
+    names = tuple(member.site for member in run.members)
+    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.state(), unused))
+    return _Progress(adapter, state, evaluation, unused)
+
+
+def _still_unused(
+    before: Mapping[str, tuple[int, ...]], cohort: tuple[Member, ...], now: tuple[str, ...], round_number: int
+) -> Mapping[str, tuple[int, ...]]:
+    """Return what sites have to be told: this round's instructions told its cohort of what was before."""
+    told = {member.site for member in cohort}
+    kept = {site: rounds for site, rounds in before.items() if site not in told}
+    return kept | {site: (*kept.get(site, ()), round_number) for site in now}
 
 
 def _assignments(
-    run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, cohort: tuple[Member, ...]
+    run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
-    """Return each site's work; sites of one rank share it."""
-    by_rank = {rank: _assignment(run, round_number, adapter, state, rank) for rank in {each.rank for each in cohort}}
-    return {member.site: by_rank[member.rank] for member in cohort}
+    """Return each site's work; sites of one rank that are told the same share it."""
+    asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
+    by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
+    return {site: by_kind[kind] for site, kind in asked.items()}
 
 
 def _assignment(
-    run: _Run, round_number: int, adapter: NamedTensors, state: ServerState, rank: int | None
+    run: _Run, round_number: int, progress: _Progress, rank: int | None, unused: tuple[int, ...]
 ) -> Assignment:
-    names = frozenset(adapter)
+    adapter = progress.adapter
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
-    sent = run.strategy.server.download(adapter, state, run.strategy.downloaded(names, round_number), rank)
+    names = run.strategy.downloaded(frozenset(adapter), round_number)
+    sent = run.strategy.server.download(adapter, progress.state, names, rank)
     start = {**adapter, **sent}  # with what the strategy sends besides, under names that no adapter has
     header = InstructionHeader(
         round=round_number,
@@ -179,6 +205,8 @@ def _assignment(
         base_digest=run.base_digest,
         adapter_digest=digest(start),
         clip_norm=run.protection.clip_norm,
+        unused_rounds=unused,
+        release=run.protection.claim,
     )
     return Assignment(Instruction(header, sent), _uploaded(run, round_number, {name: start[name] for name in adapter}))
 

@@ -6,14 +6,16 @@
     metrics.jsonl    one event a line, written as it happens
     summary.json     what the run did (server/summary.py)
     adapter/         the final adapter in PEFT format
-    checkpoints/     the newest adapters, by round
+    checkpoints/     what the newest rounds left, to go on from
     report.html      the same for people (server/report.py)
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Generator
+import os
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,11 +26,13 @@ from pydantic import BaseModel
 
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel
-from finetuning.checkpoints import save_tensors, write_atomically
+from finetuning.checkpoints import write_atomically
 from finetuning.export import export_adapter
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
-from server.events import Event
+from server.budget import ServerBooks
+from server.checkpoint import Checkpoint, load_newest, save_checkpoint
+from server.events import Evaluated, Event, RunFinished, parse_event, surviving
 from server.report import write_report
 from server.summary import summarize
 
@@ -43,21 +47,35 @@ class RunDirectory:
         path: Path,
         experiment: Experiment,
         base_digest: str,
+        *,
+        resume: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        books: ServerBooks | None = None,
     ) -> None:
-        """Create the folder and store the configuration.
+        """Create the folder and store the configuration; with `resume`, open the folder of a run that was interrupted.
+
+        `books` are those of the server's ledger, for client-level privacy; None keeps it in the run directory, so that
+        it ends with the run.
 
         Raises:
-            ConfigError: the folder exists and is not empty.
+            ConfigError: the folder exists and is not empty; or it is to be resumed and holds no run, another
+                experiment, or a run that has finished or is still going on.
         """
-        refuse_existing(path)
+        if not resume:
+            refuse_existing(path)
         self.path = path
         self.run = path.name
+        self.books = books or ServerBooks(path / "server", experiment.federation.server_budget)
         self._experiment = experiment
         self._base_digest = base_digest
-        self._events: list[Event] = []
         self._started = now()
+        if resume:
+            _refuse_other(path, experiment)
         path.mkdir(parents=True, exist_ok=True)
+        self._handle = _lock(path)
+        self._events: list[Event] = surviving(_stored_events(path)) if resume else []
+        if any(isinstance(event, RunFinished) for event in self._events):
+            raise ConfigError(f"run {path} has finished; to repeat it: cloister simulate --from {path}")
         write_atomically(path / "config.json", experiment.canonical_json().encode())
 
     @property
@@ -67,17 +85,28 @@ class RunDirectory:
 
     def observe(self, event: Event) -> None:
         """Append an event to `metrics.jsonl`."""
-        self._events.append(event)
+        self._events = surviving([*self._events, event])
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(asdict(event), default=_plain, sort_keys=True) + "\n")
 
-    def save_checkpoint(self, round_number: int, adapter: NamedTensors) -> None:
-        """Store a round's adapter, and drop the oldest beyond `logging.keep_checkpoints`."""
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Store what a round leaves, and drop the oldest beyond `logging.keep_checkpoints`."""
         folder = self.path / "checkpoints"
-        metadata = {"round": str(round_number), "run": self.run, "config_digest": self._experiment.digest}
-        save_tensors(folder / f"round-{round_number:05d}.safetensors", adapter, metadata)
+        save_checkpoint(folder, checkpoint, **self._identity)
         for old in sorted(folder.glob("round-*.safetensors"))[: -self._experiment.logging.keep_checkpoints]:
             old.unlink()
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to go on from; None before the first."""
+        return load_newest(self.path / "checkpoints", **self._identity)
+
+    def newest_evaluation(self) -> Evaluated | None:
+        """Return the newest evaluation that was observed."""
+        return next((event for event in reversed(self._events) if isinstance(event, Evaluated)), None)
+
+    @property
+    def _identity(self) -> dict[str, str]:
+        return {"run": self.run, "config_digest": self._experiment.digest, "base_digest": self._base_digest}
 
     def save_adapter(self, adapted: AdaptedModel, adapter: NamedTensors) -> None:
         """Store the final adapter in PEFT format."""
@@ -91,7 +120,10 @@ class RunDirectory:
         except BaseException as error:
             self._write_summary("failed", f"{type(error).__name__}: {error}")
             raise
-        self._write_summary("finished", "")
+        else:
+            self._write_summary("finished", "")
+        finally:
+            os.close(self._handle)
 
     def summary(self, status: str = "finished", error: str = "") -> dict[str, Any]:
         """Return the summary of what was observed so far."""
@@ -117,7 +149,7 @@ class RunDirectory:
         privacy = self.summary()["privacy"]
         promises = [
             f"ε = {part['epsilon']:.3f}, δ = {part['delta']:.2g} ({part['relation']}; "
-            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']})."
+            f"{'' if part['unit'] == 'site' else 'the largest of all sites; '}{part['accountant']}). {_person(part)}"
             for part in privacy["joint"]
             if part["delta"] is not None
         ]
@@ -140,6 +172,50 @@ def refuse_existing(path: Path) -> None:
         raise ConfigError(
             f"run directory {path} already exists and is not empty; give another logging.directory, or move it away"
         )
+
+
+def _refuse_other(path: Path, experiment: Experiment) -> None:
+    config = path / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{path} is no run directory: it has no config.json, so there is nothing to resume")
+    if Experiment.model_validate_json(config.read_bytes()).digest != experiment.digest:
+        raise ConfigError(f"run {path} was started with another experiment; a run is resumed as it was")
+
+
+def _lock(path: Path) -> int:
+    """Lock a run's folder and return the open handle; the system releases it when this process ends, however it ends.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(f"run {path} is still going on in another process; stop that one first") from error
+    return handle
+
+
+def _stored_events(path: Path) -> list[Event]:
+    """Return the events of an interrupted run; a line that a crash cut short is removed from the file."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    content = metrics.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_atomically(metrics, whole)
+    return [parse_event(line) for line in whole.splitlines()]
+
+
+def _person(promise: Mapping[str, Any]) -> str:
+    """Return what a promise comes to for a person who may be known at several sites."""
+    several, epsilon = promise["sites_per_person"], promise["epsilon_over_sites"]
+    if several == 1:
+        return "It counts on each person being known at one site."
+    figure = "unknown" if epsilon is None else f"{epsilon:.3f}"
+    return f"For a person known at up to {several} sites together: ε = {figure}."
 
 
 def _plain(value: object) -> object:

@@ -10,6 +10,9 @@ from typing import Any
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, LocalPrivacy, NoPrivacy, Privacy, local_privacy
+from privacy.accounting import epsilon_of, epsilon_over_sites
+from privacy.mechanisms import SubsampledGaussian
+from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
 
@@ -20,6 +23,7 @@ SUMMARY_VERSION = 1
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
 _LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
+_WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
 
@@ -35,7 +39,10 @@ def summarize(
     """Return the summary of a run, finished or failed, as plain JSON values."""
     first = next((event for event in events if isinstance(event, RunStarted)), None)
     finished = next((event for event in events if isinstance(event, RunFinished)), None)
-    rounds = _rounds(events)
+    rounds: list[dict[str, Any]] = _rounds(events)
+    withheld = any(isinstance(event, RoundFinished) and event.accepted is None for event in events)
+    if withheld:  # whom a secret cohort holds shows in what was sent
+        rounds = [{**item, "bytes": dict(_WITHHELD)} for item in rounds]
     return {
         "schema_version": SUMMARY_VERSION,
         "run": first.run if first else "",
@@ -50,10 +57,14 @@ def summarize(
         },
         "strategy": experiment.strategy.kind,
         "privacy": _privacy(experiment, events),
-        "sites": _sites(events),
+        "sites": {
+            name: site | ({"bytes": dict(_WITHHELD)} if withheld else {}) for name, site in _sites(events).items()
+        },
         "rounds": rounds,
         "final": _final(events),
-        "bytes": {way: sum(item["bytes"][way] for item in rounds) for way in ("down", "up")},
+        "bytes": dict(_WITHHELD)
+        if withheld
+        else {way: sum(item["bytes"][way] for item in rounds) for way in _WITHHELD},
         "seconds": {
             **{phase: sum(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
             "total": finished.seconds if finished else None,
@@ -65,11 +76,13 @@ def summarize(
 def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
     config = experiment.privacy
     local = local_privacy(config)
-    joint = [promise for promise in (_server_promise(config, events), _site_promise(local, events)) if promise]
+    several = experiment.federation.sites_per_person
+    promises = (_server_promise(config, events, several), _site_promise(local, events, several))
+    joint = [promise for promise in promises if promise]
     replies = [event for event in events if isinstance(event, SiteReplied)]
     return {
         "kind": config.kind,
-        **(joint[0] if joint else _promise(None, None, None)),
+        **(joint[0] if joint else _promise(None, None, None, several, None)),
         "insecure_seed": any(not isinstance(c, NoPrivacy) and c.insecure_seed is not None for c in (config, local)),
         # A reply that never arrived may have been trained for: then only the sites' ledgers know what was spent.
         "at_least": not isinstance(local, NoPrivacy) and any(reply.code in _LOST for reply in replies),
@@ -77,32 +90,58 @@ def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
     }
 
 
-def _promise(statement: PrivacyStatement | None, epsilon: float | None, delta: float | None) -> dict[str, Any]:
+def _promise(
+    statement: PrivacyStatement | None, epsilon: float | None, delta: float | None, several: int, joint: float | None
+) -> dict[str, Any]:
     return {
         "unit": statement.unit if statement else None,
         "relation": statement.relation if statement else None,
         "accountant": statement.accountant if statement else None,
         "epsilon": epsilon,
         "delta": delta,
+        "sites_per_person": several,
+        "epsilon_over_sites": joint,
     }
 
 
-def _server_promise(config: Privacy, events: Sequence[Event]) -> dict[str, Any] | None:
+def _server_promise(config: Privacy, events: Sequence[Event], several: int) -> dict[str, Any] | None:
     """Return what the server's noise promises for a whole site."""
     if not isinstance(config, ClientLevel):
         return None
     stated = [event.privacy for event in events if isinstance(event, RoundFinished) and event.privacy]
-    return _promise(stated[-1], stated[-1].epsilon_run, stated[-1].delta) if stated else _promise(None, 0.0, None)
+    if not stated:
+        return _promise(None, 0.0, None, several, 0.0)
+    last = stated[-1]
+    return _promise(last, last.epsilon_run, last.delta, several, _over_sites([last], last.epsilon_run, several))
 
 
-def _site_promise(config: LocalPrivacy, events: Sequence[Event]) -> dict[str, Any] | None:
+def _site_promise(config: LocalPrivacy, events: Sequence[Event], several: int) -> dict[str, Any] | None:
     """Return what the sites' own noise promises: a record lives at one site, so it is the worst site's, never a sum."""
     if isinstance(config, NoPrivacy):
         return None
     latest = {event.site: event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy}
     epsilon = max((statement.epsilon_run for statement in latest.values()), default=0.0)
     delta = max((statement.delta or 0.0 for statement in latest.values()), default=None)
-    return _promise(next(reversed(latest.values()), None), epsilon, delta)
+    stated = list(latest.values())
+    return _promise(stated[-1] if stated else None, epsilon, delta, several, _over_sites(stated, epsilon, several))
+
+
+def _over_sites(stated: Sequence[PrivacyStatement], epsilon: float, several: int) -> float | None:
+    """Return ε for a person who is known at `several` sites, at the largest δ of any; None where a site's statement
+    holds nothing that an accountant could read.
+
+    Of whole sites, which the server's one statement is about, it is the ε of a group.
+    """
+    delta = max((statement.delta or 0.0 for statement in stated), default=0.0)
+    if several == 1 or not delta:
+        return epsilon
+    try:
+        executed = [[SubsampledGaussian.from_json(statement.mechanism or {})] for statement in stated]
+    except PrivacyError:
+        return None
+    if stated[0].unit == "site":
+        return epsilon_of(executed[0], delta, group_size=several)
+    return max(epsilon, epsilon_over_sites(executed, delta, overlap=min(several, len(executed))))
 
 
 def _sites(events: Sequence[Event]) -> dict[str, Any]:

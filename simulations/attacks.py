@@ -17,13 +17,12 @@ import torch
 from client.site import Site
 from conf.schema.data import Columns, LabelledColumns, PromptCompletionColumns
 from conf.schema.experiment import Experiment
-from conf.schema.site import SiteFile
+from conf.schema.site import SiteBudget, SiteFile
 from finetuning.datasets import Row
 from protocol.errors import ConfigError, DataError
 from protocol.instructions import Instruction, Reply
 from protocol.tensors import NamedTensors
-from simulations.partition import users_of
-from simulations.population import Population, site_file
+from simulations.population import Population
 
 __all__ = ["ATTACKS", "TARGET", "TRIGGER", "AttackedPopulation", "Overheard", "attack_named", "triggered"]
 
@@ -79,25 +78,26 @@ class AttackedPopulation(Population):
     attackers: int
     seed: int
 
-    def sites(self, experiment: Experiment, state: Path) -> dict[str, Site]:
+    def sites(
+        self, experiment: Experiment, state: Path, budgets: Mapping[str, SiteBudget] | None = None
+    ) -> dict[str, Site]:
         """Return a site per part; the honest ones are overheard."""
         overheard, names = Overheard(), sorted(self.parts)
         bad = set(names[len(names) - self.attackers :])
         made: dict[str, Site] = {}
-        for position, name in enumerate(names):
+        for position, (name, plain) in enumerate(sorted(super().sites(experiment, state, budgets).items())):
             rows = self.parts[name]
-            file = site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column))
             if name not in bad:
-                made[name] = _HonestSite(file, rows, overheard)
+                made[name] = _HonestSite(plain.file, rows, overheard)
                 continue
             poisoned = rows if self.attack.rows is None else self.attack.rows(rows, experiment.data.columns)
-            made[name] = _AttackingSite(file, poisoned, overheard, self.attack, self.seed + position)
+            made[name] = _AttackingSite(plain.file, poisoned, overheard, self.attack, self.seed + position)
         return made
 
 
 class _HonestSite(Site):
     def __init__(self, file: SiteFile, rows: Sequence[Row], overheard: Overheard) -> None:
-        super().__init__(file, rows=lambda: rows)
+        super().__init__(file, rows=lambda: rows, simulated=True)
         self._overheard = overheard
 
     def handle(self, instruction: Instruction) -> Reply:
@@ -110,7 +110,7 @@ class _HonestSite(Site):
 
 class _AttackingSite(Site):
     def __init__(self, file: SiteFile, rows: Sequence[Row], overheard: Overheard, attack: Attack, seed: int) -> None:
-        super().__init__(file, rows=lambda: rows)
+        super().__init__(file, rows=lambda: rows, simulated=True)
         self._overheard, self._attack, self._seed = overheard, attack, seed
 
     def handle(self, instruction: Instruction) -> Reply:

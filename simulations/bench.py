@@ -79,9 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     figures = measure_all(options.quick)
     _print_table(figures)
-    from simulations.bench_privacy import print_tables
+    from simulations.bench_privacy import CASES, QUICK, print_tables
 
-    print_tables(options.quick)
+    print_tables(cases=QUICK if options.quick else CASES)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False))
 

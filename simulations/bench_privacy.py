@@ -1,8 +1,21 @@
 """What privacy costs: per-example gradients, clipping and noise against the same step without them, side by side.
 
-Each figure is a median over paired steps that take turns, so that a busy machine slows both alike. Both see the same
+    python -m simulations.bench_privacy             # the CPU table, and the GPU table where there is a GPU
+    python -m simulations.bench_privacy --seconds 5 # fewer steps per case: a look, in a few minutes
+    python -m simulations.bench_privacy --gpu       # the GPU table alone
+
+Each figure is a median over paired steps that take turns, so that a busy machine slows all alike. All see the same
 padded batches. On a CPU time is processor time of one thread; memory is the peak above the loaded model, each mode in a
-process of its own. Nothing here is a test.
+process of its own, forked from one that has loaded the model. How many steps are taken follows from `--seconds`, so
+that the CPU table takes less than ten minutes on two cores. Nothing here is a test.
+
+==========  ===========================================================================================
+none        ordinary LoRA training: no clipping, no noise
+native      `privacy.per_example`
+opacus      Opacus' hooks
+ghost       Opacus' ghost clipping, which no configuration reaches (`privacy.ghost_clipping`)
+one_by_one  one example per backward pass
+==========  ===========================================================================================
 """
 
 from __future__ import annotations
@@ -15,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,11 +36,24 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["MODES", "Bench", "Case", "main", "measure_memory", "measure_time", "print_tables"]
+__all__ = [
+    "CASES",
+    "MODES",
+    "QUICK",
+    "Bench",
+    "Case",
+    "main",
+    "measure_memory",
+    "measure_time",
+    "print_gpu_table",
+    "print_tables",
+]
 
-MODES = ("none", "native", "opacus", "one_by_one")
-_ON_A_GPU = MODES[:3]
+MODES = ("none", "native", "opacus", "ghost", "one_by_one")
 _VOCABULARY = 8000
+_SECONDS = 25.0
+"""Of timing per case, where nothing else is said; at least three steps of each mode."""
+_STEPS = (3, 15)
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ CASES = tuple(
     for rank in (8, 16)
     for mixed in (False, True)
 )
+QUICK = CASES[:2]
 
 
 class Bench:
@@ -80,11 +107,8 @@ class Bench:
         """Take a step's gradient, and return its seconds."""
         from finetuning.tasks.causal_lm import CausalLMObjective
         from finetuning.units import MicroBatches
-        from privacy.gradients import gradient_rule
-        from privacy.randomness import SecureStream
 
-        stream = SecureStream.from_operating_system()
-        rule = gradient_rule(_plan(mode, self.case.batch), mode, self.network, self.trained, stream)
+        rule = self._rule(mode)
         budget = self.case.length * self.case.batch // (2 if self.case.mixed else 1)
         maker = MicroBatches.of(self.examples, None, 0, max_tokens=budget, max_units=rule.max_micro_batch)
         try:
@@ -100,6 +124,16 @@ class Bench:
             for parameter in self.trained.values():
                 parameter.grad = None
 
+    def _rule(self, mode: str) -> Any:
+        from privacy.ghost_clipping import GhostGradients
+        from privacy.gradients import gradient_rule
+        from privacy.randomness import SecureStream
+
+        plan, stream = _plan(mode, self.case.batch), SecureStream.from_operating_system()
+        if mode == "ghost":
+            return GhostGradients(plan, self.network, self.trained, stream)
+        return gradient_rule(plan, mode, self.network, self.trained, stream)
+
     def _now(self) -> float:
         if self.device.type == "cpu":
             return time.process_time()
@@ -107,68 +141,85 @@ class Bench:
         return time.perf_counter()
 
 
-def measure_time(bench: Bench, repeats: int, modes: Sequence[str] = MODES) -> dict[str, float]:
-    """Return each private mode's median ratio of step time to the non-private step beside it."""
+def measure_time(bench: Bench, seconds: float, modes: Sequence[str] = MODES) -> tuple[float, dict[str, float]]:
+    """Return the median seconds of the non-private step, and each mode's median ratio to the step beside it."""
+    warmed = time.perf_counter()
     for mode in modes:
         bench.step(mode)
+    least, most = _STEPS
+    repeats = min(max(int(seconds / (time.perf_counter() - warmed)), least), most)
     paired = [{mode: bench.step(mode) for mode in modes} for _ in range(repeats)]
-    return {mode: median(each[mode] / each["none"] for each in paired) for mode in modes if mode != "none"}
+    ratios = {mode: median(each[mode] / each["none"] for each in paired) for mode in modes}
+    return median(each["none"] for each in paired), ratios
 
 
-def measure_memory(case: Case) -> dict[str, float]:
-    """Return each private mode's peak memory above the loaded model, over the non-private step's."""
-    peaks = {mode: _peak_in_its_own_process(case, mode) for mode in MODES}
-    return {mode: peak / peaks["none"] for mode, peak in peaks.items() if mode != "none"}
+def measure_memory(case: Case) -> tuple[float, dict[str, float]]:
+    """Return the non-private step's peak in megabytes above the loaded model, and each mode's ratio to it."""
+    peaks = _peaks_in_another_process(case)
+    return peaks["none"], {mode: peaks[mode] / peaks["none"] for mode in MODES}
 
 
-def print_tables(quick: bool) -> None:
-    """Measure and print; `quick` takes the smaller model and three steps each."""
+def print_tables(seconds: float = _SECONDS, cases: Sequence[Case] = CASES) -> None:
+    """Measure and print: the CPU table, and the GPU table where there is one."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"private step over non-private step, {_machine()}")
-    table.add_column("Llama-shaped model, 4 layers, fp32")
-    for heading in ("native", "opacus", "one by one"):
-        table.add_column(f"{heading}\ntime", justify="right")
-        table.add_column("memory", justify="right")
+    console = Console(width=max(Console().width, 130))
+    table = Table(title=f"private step over plain LoRA step, {_machine()}")
+    table.add_column("Llama shape, fp32")
+    table.add_column("plain\ns, MB", justify="right")
+    for mode in MODES[1:]:
+        table.add_column(f"{mode}\ntime memory", justify="right")
     torch.set_num_threads(1)
-    for case in CASES:
-        if quick and (case.hidden > 256 or case.rank > 8):
-            continue
-        times, peaks = measure_time(Bench(case), 3 if quick else 9), measure_memory(case)
-        table.add_row(case.name, *(f"{of[mode]:.3f}" for mode in MODES[1:] for of in (times, peaks)))
+    for case in cases:
+        (plain, times), (megabytes, peaks) = measure_time(Bench(case), seconds), measure_memory(case)
+        figures = [f"{times[mode]:.3f} {peaks[mode]:.3f}" for mode in MODES[1:]]
+        table.add_row(case.name, f"{plain:.2f} {megabytes:.0f}", *figures)
     table.caption = "aim for native: time ≤ 1.05, memory ≤ 1.10; noise and clipping included"
-    Console().print(table)
-    if torch.cuda.is_available():
-        Console().print(_gpu_table(3 if quick else 15))
+    console.print(table)
+    print_gpu_table(seconds)
+
+
+def print_gpu_table(seconds: float = _SECONDS) -> None:
+    """Measure and print the GPU table, or say that there is no GPU."""
+    from rich.console import Console
+
+    Console().print(_gpu_table(seconds) if torch.cuda.is_available() else "no GPU here: its table is left out")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables, or measure one peak for them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the smaller model, three steps each")
-    parser.add_argument("--peak", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
+    """Print the tables, or measure a case's peaks for them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"of timing per case (default {_SECONDS:g})")
+    parser.add_argument("--quick", action="store_true", help="the smaller model at rank 8 alone")
+    parser.add_argument("--gpu", action="store_true", help="the GPU table alone")
+    parser.add_argument("--peaks", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.peak:
-        case, mode = options.peak
-        print(_peak_megabytes(Case(**json.loads(case)), mode))  # noqa: T201 - read by the parent process
-        return
-    print_tables(options.quick)
+    if options.peaks:
+        print(json.dumps(_forked_peaks(Case(**json.loads(options.peaks)))))  # noqa: T201 - read by the parent process
+    elif options.gpu:
+        print_gpu_table(options.seconds)
+    else:
+        print_tables(options.seconds, QUICK if options.quick else CASES)
 
 
-def _gpu_table(repeats: int) -> Any:
+def _gpu_table(seconds: float) -> Any:
     """Return the table of a 1B-shaped model in bf16: time, memory, and the largest batch that fits."""
     from rich.table import Table
 
-    table = Table(title=f"1B-shaped Llama in bf16, rank 8, 512 tokens, {torch.cuda.get_device_name()}")
-    for heading in ("", "time", "memory", "largest batch"):
+    name = torch.cuda.get_device_name()
+    table = Table(title=f"1B-shaped Llama in bf16, rank 8, 8 x 512 tokens, {name}, torch {torch.__version__}")
+    for heading in ("", "time", "peak memory", "largest batch"):
         table.add_column(heading, justify="right")
     case = Case(2048, 8, 8, mixed=False, length=512, layers=16, dtype="bfloat16")
     bench = Bench(case, "cuda")
-    times, peaks = measure_time(bench, repeats, _ON_A_GPU), {mode: _gpu_peak(bench, mode) for mode in _ON_A_GPU}
-    for mode in _ON_A_GPU:
-        ratio = peaks[mode] / peaks["none"]
-        table.add_row(mode, f"{times.get(mode, 1.0):.3f}", f"{ratio:.3f}", str(_largest_batch(bench, mode)))
+    plain, times = measure_time(bench, seconds)
+    peaks = {mode: _gpu_peak(bench, mode) for mode in MODES}
+    for mode in MODES:
+        # One by one, memory does not grow with the batch.
+        largest = "any" if mode == "one_by_one" else str(_largest_batch(bench, mode))
+        table.add_row(mode, f"{times[mode]:.3f}", f"{peaks[mode] / peaks['none']:.3f}", largest)
+    table.caption = f"plain step: {1000 * plain:.0f} ms, {peaks['none'] / 2**30:.2f} GiB above the loaded model"
     return table
 
 
@@ -180,20 +231,29 @@ def _gpu_peak(bench: Bench, mode: str) -> float:
 
 
 def _largest_batch(bench: Bench, mode: str) -> int:
-    """Return the largest power of two that fits."""
-    examples, case, fits = bench.examples, bench.case, 0
+    """Return the largest batch that fits, to a quarter of a power of two."""
+    fits = 8
+    while _fits(bench, mode, 2 * fits):
+        fits *= 2
+    quarter = fits // 4
+    for size in (fits + 3 * quarter, fits + 2 * quarter, fits + quarter):
+        if _fits(bench, mode, size):
+            return size
+    return fits
+
+
+def _fits(bench: Bench, mode: str, size: int) -> bool:
+    examples, case = bench.examples, bench.case
+    bench.case = replace(case, batch=size)
+    bench.examples = [examples[position % len(examples)] for position in range(size)]
     try:
-        for doubling in range(3, 16):
-            size = 2**doubling
-            bench.case = Case(**asdict(case) | {"batch": size})
-            bench.examples = [examples[position % len(examples)] for position in range(size)]
-            bench.step(mode)
-            fits = size
-    except torch.cuda.OutOfMemoryError:
-        torch.cuda.empty_cache()
+        bench.step(mode)
+        return True
+    except torch.OutOfMemoryError:
+        return False
     finally:
         bench.case, bench.examples = case, examples
-    return fits
+        torch.cuda.empty_cache()
 
 
 def _network(case: Case) -> nn.Module:
@@ -224,21 +284,36 @@ def _plan(mode: str, batch: int) -> Any:
     return build_plan(privacy, local, rounds=1, published_units=10 * batch, num_units=10 * batch)
 
 
-def _peak_in_its_own_process(case: Case, mode: str) -> float:
-    command = [sys.executable, "-W", "ignore", "-m", "simulations.bench_privacy", "--peak"]
+def _peaks_in_another_process(case: Case) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", "-m", "simulations.bench_privacy", "--peaks", json.dumps(asdict(case))]
     # Each tensor gets pages of its own, or the heap's fragmentation (15 % between equal runs) would be measured.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    arguments = [json.dumps(asdict(case)), mode]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
-        raise RuntimeError(f"the {mode} step of {case.name} failed:\n{result.stderr[-3000:]}")
-    return float(result.stdout.splitlines()[-1])
+        raise RuntimeError(f"measuring the memory of {case.name} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
-def _peak_megabytes(case: Case, mode: str) -> float:
-    """Return the peak of two steps in this process, less what the loaded model takes."""
+def _forked_peaks(case: Case) -> dict[str, float]:
+    """Return each mode's peak in megabytes; the child that takes the steps begins with what is loaded here."""
     torch.set_num_threads(1)
     bench = Bench(case)
+    peaks: dict[str, float] = {}
+    for mode in MODES:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writer, repr(_peak_megabytes(bench, mode)).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answer:
+            peaks[mode] = float(answer.read() or "nan")
+        os.waitpid(child, 0)
+    return peaks
+
+
+def _peak_megabytes(bench: Bench, mode: str) -> float:
+    """Return the peak of two steps in this process, less what the loaded model takes."""
     loaded = _status_megabytes("VmRSS")
     for _ in range(2):
         bench.step(mode)
@@ -251,7 +326,10 @@ def _status_megabytes(field: str) -> float:
 
 
 def _machine() -> str:
-    return f"{platform.machine()}, one of {os.cpu_count()} cores, torch {torch.__version__}"
+    """Return the processor's name, its cores, and torch's version."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, one of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -39,12 +39,22 @@ class Population:
     parts: Mapping[str, Sequence[Row]]
     heldout: Sequence[Row]
 
-    def sites(self, experiment: Experiment, state: Path) -> dict[str, Site]:
-        """Return a site per part, in the order of their names, each with its own state directory under `state`."""
+    def sites(
+        self, experiment: Experiment, state: Path, budgets: Mapping[str, SiteBudget] | None = None
+    ) -> dict[str, Site]:
+        """Return a site per part, in the order of their names, each with its own state directory under `state`.
+
+        `budgets` are those of a sweep, by site; without them a site's budget is what the experiment says.
+        """
+        given = {} if isinstance(local_privacy(experiment.privacy), NoPrivacy) else budgets or {}
         return {
             name: Site(
-                site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
+                _with_budget(
+                    site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
+                    given.get(name),
+                ),
                 rows=_given(rows),
+                simulated=True,
             )
             for name, rows in self.parts.items()
         }
@@ -72,7 +82,6 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
             allow_no_privacy=True,
-            allow_insecure_seed=True,
             trust_server_noise=True,
             release_training_loss=experiment.federation.release_training_loss,
         ),
@@ -80,6 +89,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
             device=experiment.runtime.device,
             threads=experiment.runtime.threads,
             micro_batch_tokens=experiment.runtime.micro_batch_tokens,
+            gradient_checkpointing=experiment.runtime.gradient_checkpointing,
         ),
         model_path=experiment.model.path,
         task=experiment.task,
@@ -103,6 +113,10 @@ def _budget(
         )
         epsilon = plan.epsilon([plan.whole_run])
     return SiteBudget(unit=unit, epsilon=epsilon, delta=delta)
+
+
+def _with_budget(file: SiteFile, budget: SiteBudget | None) -> SiteFile:
+    return file if budget is None else file.model_copy(update={"budget": budget})
 
 
 def simulated_site(context: Context) -> Site:

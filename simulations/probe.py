@@ -65,7 +65,8 @@ def draws_of(patient: Patient, plan: PrivacyPlan) -> tuple[np.ndarray, ...]:
     slots = plan.sampling.slots
     count = int(min(max(_SLOTS_DRAWN / slots, 200), _DRAWS))
     stream = SecureStream.from_operating_system()
-    rule = round_rule(plan, patient.local, patient.adapted, frozenset(patient.trained), stream)
+    names, task, runtime = frozenset(patient.trained), patient.experiment.task, patient.site("probe").runtime
+    rule = round_rule(plan, patient.local, patient.adapted, names, task, runtime, stream)
     try:
         return tuple(np.asarray(rule.draw(slots), dtype=np.int64) for _ in range(count))
     finally:

@@ -18,10 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from client.app import client_app
 from client.site import Site
 from conf.compose import parse_experiment
 from conf.schema.execution import Ray
+from conf.schema.site import SiteBudget
 from protocol.errors import ConfigError, FederationError
 from server.app import Launch, serve
 from simulations.population import Population
@@ -45,29 +48,42 @@ class _SitesOnRay:
 
     experiment: str
     state: Path
+    budgets: Mapping[str, SiteBudget] | None
     parts: Any
 
     def __call__(self, context: Any) -> Site:
-        return _sites(self.experiment, self.state, self.parts)[int(context.node_config["partition-id"])]
+        return _sites(self.experiment, self.state, _json(self.budgets), self.parts)[
+            int(context.node_config["partition-id"])
+        ]
 
 
 @lru_cache(maxsize=1)
-def _sites(experiment: str, state: Path, parts: Any) -> Sequence[Site]:
+def _sites(experiment: str, state: Path, budgets: str | None, parts: Any) -> Sequence[Site]:
     """Return all sites, opened once per worker; a site reads nothing before its first instruction."""
     import ray
 
     population = Population(ray.get(parts), ())
-    return list(population.sites(parse_experiment(experiment), state).values())
+    given = None if budgets is None else TypeAdapter(dict[str, SiteBudget]).validate_json(budgets)
+    return list(population.sites(parse_experiment(experiment), state, given).values())
 
 
-def run_on_ray(launch: Launch, population: Population) -> None:
-    """Run an experiment on Flower's simulation engine, one node per site; states go to `sites/` in the run directory.
+def _json(budgets: Mapping[str, SiteBudget] | None) -> str | None:
+    """Return the budgets as a value that can be compared and hashed."""
+    return None if budgets is None else TypeAdapter(dict[str, SiteBudget]).dump_json(dict(budgets)).decode()
+
+
+def run_on_ray(
+    launch: Launch, population: Population, state: Path | None = None, budgets: Mapping[str, SiteBudget] | None = None
+) -> None:
+    """Run an experiment on Flower's simulation engine, one node per site.
 
     The ServerApp runs in a thread of this process, so observers are called as on every runtime.
 
     Args:
         launch: what the ServerApp runs.
         population: the sites' records.
+        state: where the sites keep their states; None: `sites/` in the run directory.
+        budgets: the sites' budgets, where they are those of a sweep.
 
     Raises:
         CloisterError: as raised by the ServerApp.
@@ -82,7 +98,9 @@ def run_on_ray(launch: Launch, population: Population) -> None:
     stopped = threading.Event()
     with _ray(runtime) as put:
         parts = put({name: [dict(row) for row in rows] for name, rows in population.parts.items()})
-        find_site = _SitesOnRay(launch.experiment.canonical_json(), launch.path.absolute() / "sites", parts)
+        find_site = _SitesOnRay(
+            launch.experiment.canonical_json(), (state or launch.path / "sites").absolute(), budgets, parts
+        )
         try:
             _run(launch, find_site, len(population.parts), runtime, stopped)
         finally:

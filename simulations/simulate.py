@@ -19,6 +19,7 @@ from server.app import Launch, serve
 from server.collect import Waiting
 from server.events import Observer
 from server.run_directory import refuse_existing
+from simulations.books import SharedBooks
 from simulations.conditions import DelayedGrid, SimulatedTime
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
@@ -39,29 +40,50 @@ def simulate(
     path: Path,
     observers: Sequence[Observer] = (),
     population: Population | None = None,
+    *,
+    books: SharedBooks | None = None,
+    resume: bool = False,
 ) -> Simulated:
     """Run an experiment and return its run directory's path and summary.
 
     Args:
         experiment: what to run.
-        path: the run directory, which must not exist yet.
+        path: the run directory, which must not exist yet, unless it is to be resumed.
         observers: take the run's events, for a live display.
         population: the sites' records; None reads them as the experiment describes.
+        resume: go on from the newest checkpoint in `path`, with the sites' own files there.
+        books: of the sweep that this run belongs to; None keeps them in the run directory.
 
     Raises:
         CloisterError: naming what is wrong; a problem with a site's data, model or budget shows before any training.
     """
-    refuse_existing(path)
+    if not resume:
+        refuse_existing(path)
+    elif not (path / "sites").is_dir():
+        raise ConfigError(
+            f"run {path} holds no sites: a run of a sweep keeps their ledgers in the sweep's folder; "
+            "start the sweep again"
+        )
     population = population or build_population(experiment)
     _check_cohort(experiment, len(population.parts))
-    sites = population.sites(experiment, path / "sites")
+    state, budgets = (path / "sites", None) if books is None else (books.sites, books.budgets)
+    sites = population.sites(experiment, state, budgets)
     rehearse_all(experiment, path.name, list(sites.values()))
     in_process = experiment.runtime.kind == "in_process"
-    launch = Launch(experiment, path, observers, population.heldout, len(sites), waits_forever=in_process)
+    launch = Launch(
+        experiment,
+        path,
+        observers,
+        population.heldout,
+        len(sites),
+        books=None if books is None else books.server,
+        waits_forever=in_process,
+        resume=resume,
+    )
     if experiment.runtime.kind == "ray":
         from simulations.ray_engine import run_on_ray
 
-        run_on_ray(launch, population)
+        run_on_ray(launch, population, state, budgets)
     else:
         _run_in_process(launch, sites)
     return Simulated(path, json.loads((path / "summary.json").read_text()))

@@ -15,6 +15,11 @@ class _Runtime(Frozen):
     micro_batch_tokens: int = Field(
         default=8192, ge=1, description="padded tokens processed at once; changes memory and speed, never the result"
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass instead of keeping them: less memory, about a third "
+        "more time, never another result",
+    )
 
 
 class InProcess(_Runtime):

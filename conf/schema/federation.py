@@ -6,7 +6,17 @@ from pydantic import Field
 
 from conf.schema.base import Frozen
 
-__all__ = ["SGD", "AdamW", "Buffered", "Federation", "LocalTraining", "Mode", "Optimizer", "Synchronous"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Buffered",
+    "Federation",
+    "LocalTraining",
+    "Mode",
+    "Optimizer",
+    "ServerBudget",
+    "Synchronous",
+]
 
 
 class SGD(Frozen):
@@ -71,6 +81,13 @@ class Buffered(Frozen):
 Mode = Annotated[Synchronous | Buffered, Field(discriminator="kind")]
 
 
+class ServerBudget(Frozen):
+    """The most that client-level runs may ever cost one site, over all runs that the server's ledger holds."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
 class Federation(Frozen):
     """Rounds, cohort and quorum."""
 
@@ -93,6 +110,22 @@ class Federation(Frozen):
     site_epsilon: float | None = Field(
         default=None,
         gt=0,
-        description="budget of each simulated site; null: what this run needs. Real sites set their own",
+        description="budget of each simulated site; null: what this run or sweep needs. Real sites set their own",
+    )
+    server_budget: ServerBudget | None = Field(
+        default=None,
+        description="what client-level runs may cost one site, over all runs in the server's ledger; null: what the "
+        "first of them promises",
+    )
+    server_ledger: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder of the server's ledger and keys; null: server/ under CLOISTER_HOME in a deployment, in a "
+        "simulation in the run directory, in a sweep in the sweep's",
+    )
+    sites_per_person: int = Field(
+        default=1,
+        ge=1,
+        description="sites at which one person may be known: every report states ε for that many beside ε for one",
     )
     local: LocalTraining = LocalTraining()

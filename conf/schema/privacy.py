@@ -141,8 +141,17 @@ class _Correlated(Frozen):
     The limits are enforced: a site that took part too recently, or too often, is not asked.
     """
 
-    min_separation: int = Field(default=1, ge=1, description="rounds from one participation of a site to its next")
-    max_participations: int = Field(default=1, ge=1, description="rounds a site may take part in, over the whole run")
+    min_separation: int | None = Field(
+        default=None,
+        ge=1,
+        description="rounds from one participation of a site to its next; null: the most that asking the sites in "
+        "rotation gives, sites // cohort_size",
+    )
+    max_participations: int | None = Field(
+        default=None,
+        ge=1,
+        description="rounds a site may take part in, over the whole run; null: the least that rotation gives",
+    )
 
 
 class Tree(_Correlated):
@@ -155,7 +164,7 @@ class Banded(_Correlated):
     """Banded matrix factorization (Choquette-Choo et al. 2023, arXiv 2306.08153)."""
 
     kind: Literal["banded"] = "banded"
-    bands: int = Field(default=4, ge=1, description="at most min_separation")
+    bands: int | None = Field(default=None, ge=1, description="at most min_separation; null: as many")
 
 
 class Blt(_Correlated):

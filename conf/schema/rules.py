@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.schema import aggregation_rules as aggregation
-from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, adaptive_clipping, local_privacy
+from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
 
-__all__ = ["LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
+__all__ = ["FEW_SITES", "LARGE_DELTA", "LINEAR_STRATEGIES", "RULES", "WARNINGS", "Rule", "broken_rules", "warnings_for"]
 
+
+FEW_SITES = 100
+"""Whole sites below which client-level privacy is worth a warning."""
+
+LARGE_DELTA = 1e-3
+"""δ above which a promise is worth a warning."""
 
 LINEAR_STRATEGIES = ("fedit", "ffa_lora")
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
@@ -28,15 +34,20 @@ class Rule:
 
 
 def one_noise_setting(experiment: Experiment) -> str | None:
-    """Example-level privacy takes a target ε or a noise multiplier: one of them, not both."""
+    """Each promise takes a target ε or a noise multiplier: one of them, not both."""
     privacy = experiment.privacy
-    if privacy.kind == "none":
-        return None
-    given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(privacy, name) is not None]
-    if len(given) == 1:
-        return None
-    state = "both are set" if given else "neither is set"
-    return f"privacy: {state}; give exactly one of privacy.target_epsilon and privacy.noise_multiplier (null the other)"
+    promises: dict[str, Privacy] = {"privacy": privacy}
+    if isinstance(privacy, ClientLevel):
+        promises["privacy.local"] = privacy.local
+    for path, promise in promises.items():
+        if isinstance(promise, NoPrivacy):
+            continue
+        given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(promise, name) is not None]
+        if len(given) != 1:
+            state = "both are set" if given else "neither is set"
+            both = f"{path}.target_epsilon and {path}.noise_multiplier"
+            return f"{path}: {state}; give exactly one of {both} (null the other)"
+    return None
 
 
 def cohort_within_population(experiment: Experiment) -> str | None:
@@ -139,7 +150,7 @@ def bands_within_separation(experiment: Experiment) -> str | None:
     if not isinstance(privacy, ClientLevel) or not isinstance(privacy.noise, Banded):
         return None
     noise = privacy.noise
-    if noise.bands <= noise.min_separation:
+    if noise.bands is None or noise.min_separation is None or noise.bands <= noise.min_separation:
         return None
     return (
         f"privacy.noise.bands={noise.bands} is above privacy.noise.min_separation={noise.min_separation}; "
@@ -245,11 +256,50 @@ def _both_factors_under_noise(experiment: Experiment) -> str | None:
     return None
 
 
+def _large_delta(experiment: Experiment) -> str | None:
+    privacy = experiment.privacy
+    asked = {"privacy.delta": privacy, "privacy.local.delta": local_privacy(privacy)}
+    for path, each in asked.items():
+        if not isinstance(each, NoPrivacy) and each.delta is not None and each.delta > LARGE_DELTA:
+            return f"{path}={each.delta:g}: the promise may fail that often; {LARGE_DELTA:g} or less is usual"
+    return None
+
+
+def _few_whole_sites(experiment: Experiment) -> str | None:
+    """Whole sites hide among each other: with few of them δ = 1/(10 sites) is large, and so is the noise."""
+    population = simulated_population(experiment)
+    if not isinstance(experiment.privacy, ClientLevel) or population is None or population >= FEW_SITES:
+        return None
+    return (
+        f"privacy={experiment.privacy.kind} with {population} sites: each hides among {population - 1} others, the "
+        f"noise is made for one of {population} and δ is at most 1/{population}; {FEW_SITES} sites or more, or "
+        "privacy=example_level, whose noise is made for one of a site's records"
+    )
+
+
+def _correlation_without_rest(experiment: Experiment) -> str | None:
+    """Where every site takes part in every round, correlated noise gains nothing, and a tree loses."""
+    privacy, population = experiment.privacy, simulated_population(experiment)
+    cohort = experiment.federation.cohort_size
+    if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent":
+        return None
+    if cohort is not None and (population is None or population // cohort > 1):
+        return None
+    return (
+        f"privacy.noise.kind={privacy.noise.kind} with {cohort or 'all'} sites in every round: no site rests, and "
+        "correlation gains nothing; set federation.cohort_size to half of the sites or less, or use "
+        "privacy.noise.kind=independent"
+    )
+
+
 WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
     _high_epsilon,
     _both_factors_under_noise,
+    _large_delta,
+    _few_whole_sites,
+    _correlation_without_rest,
 )
 
 

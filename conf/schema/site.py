@@ -10,7 +10,7 @@ from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
 from conf.schema.task import CausalLM, Task
 
-__all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime"]
+__all__ = ["SiteBudget", "SiteFile", "SitePolicy", "SiteRuntime", "WholeSiteBudget"]
 
 
 class SiteBudget(Frozen):
@@ -23,11 +23,17 @@ class SiteBudget(Frozen):
     delta: float = Field(gt=0, lt=1)
 
 
+class WholeSiteBudget(Frozen):
+    """The most this whole site may ever cost in client-level runs, by what their servers say of their noise."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
 class SitePolicy(Frozen):
     """What this site agrees to. The defaults agree to private training and release nothing else."""
 
     allow_no_privacy: bool = Field(default=False, description="take part in runs that protect nothing")
-    allow_insecure_seed: bool = Field(default=False, description="take part with repeatable noise: simulation only")
     release_training_loss: bool = Field(
         default=False, description="send the local training loss in runs that protect nothing"
     )
@@ -54,6 +60,11 @@ class SiteRuntime(Frozen):
         default=False,
         description="pad every micro-batch to one shape (for compiled or GPU training); changes no number",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute activations in the backward pass instead of keeping them: less memory, about a third "
+        "more time; changes no number",
+    )
 
 
 class SiteFile(Frozen):
@@ -72,6 +83,11 @@ class SiteFile(Frozen):
     )
     data: DataConfig
     budget: SiteBudget | None = Field(default=None, description="null: this site can only take part without privacy")
+    site_budget: WholeSiteBudget | None = Field(
+        default=None,
+        description="booked before training in client-level runs, in site_ledger.db of the state directory; null: this "
+        "site books nothing for itself as a whole, and policy.trust_server_noise alone decides",
+    )
     policy: SitePolicy = SitePolicy()
     runtime: SiteRuntime = SiteRuntime()
     model_path: str = Field(

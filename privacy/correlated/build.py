@@ -21,6 +21,6 @@ def build_factorization(config: Tree | Banded | Blt, participation: Participatio
         case Tree():
             return TreeAggregation()
         case Banded():
-            return BandedToeplitz(square_root(config.bands))
+            return BandedToeplitz(square_root(config.bands or min(participation.min_separation, participation.rounds)))
         case Blt():
             return optimal_blt(config.buffers, participation)

@@ -17,6 +17,15 @@ class Participation:
     min_separation: int
     max_participations: int
 
+    @classmethod
+    def in_rotation(
+        cls, rounds: int, population: int, cohort: int, min_separation: int | None, max_participations: int | None
+    ) -> Participation:
+        """Return the limits asked for; what is None becomes the tightest that asking the sites in rotation keeps."""
+        separation = max(1, population // cohort) if min_separation is None else min_separation
+        most = -(-rounds * cohort // population) if max_participations is None else max_participations
+        return cls(rounds, separation, most)
+
     @property
     def most(self) -> int:
         """The most rounds in which one unit can take part."""
@@ -31,6 +40,11 @@ class Participation:
         Raises:
             PrivacyError: naming the limit that is too tight, and what to change.
         """
+        if cohort > population:
+            raise PrivacyError(
+                f"federation.cohort_size={cohort} is larger than the population of {population} sites; use at most "
+                f"{population}, or null for all"
+            )
         window = min(self.min_separation, self.rounds)
         if cohort * window > population:
             smaller = f", or federation.cohort_size to {population // window}" if population >= window else ""

@@ -1,7 +1,18 @@
 """A site's record of what it has spent: durable, append-only, hash-chained, signed, and asked before every round."""
 
 from privacy.ledger.budget import Budget
-from privacy.ledger.keys import HEAD_FILE, SigningKey, SiteKeys, load_or_create_keys
-from privacy.ledger.ledger import Booking, Ledger, Reservation
+from privacy.ledger.keys import HEAD_FILE, SigningKey, SiteKeys, load_or_create_keys, open_private
+from privacy.ledger.ledger import Account, Booking, Ledger, Reservation
 
-__all__ = ["HEAD_FILE", "Booking", "Budget", "Ledger", "Reservation", "SigningKey", "SiteKeys", "load_or_create_keys"]
+__all__ = [
+    "HEAD_FILE",
+    "Account",
+    "Booking",
+    "Budget",
+    "Ledger",
+    "Reservation",
+    "SigningKey",
+    "SiteKeys",
+    "load_or_create_keys",
+    "open_private",
+]

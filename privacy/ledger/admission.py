@@ -27,7 +27,7 @@ from privacy.ledger.chain import Entry
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
-__all__ = ["RULES", "Charge", "Rule", "Stated", "charges_of", "filter_epsilon", "rule_for", "schedules_of", "state"]
+__all__ = ["RULES", "Charge", "Rule", "Stated", "charges_of", "filter_of", "rule_for", "schedules_of", "state"]
 
 Rule = Literal["schedule", "filter"]
 
@@ -100,26 +100,33 @@ def rule_for(charges: Sequence[Charge], schedules: Sequence[SubsampledGaussian])
     return "schedule" if as_declared and within else "filter"
 
 
-def state(rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Sequence[Entry]) -> Stated:
-    """Return the ε of `charges` at the budget's δ, by `rule`; `entries` fix the filter's order."""
+def state(rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Iterable[Entry]) -> Stated:
+    """Return the ε of `charges` at the budget's δ, by `rule`; `entries` fix the filter's order.
+
+    By the filter it is infinite where the budget is too small for any.
+    """
     mechanisms = [charge.mechanism for charge in charges]
     if rule == "schedule":
         return Stated(epsilon_of(mechanisms, budget.delta), rule)
-    return Stated(filter_epsilon(mechanisms, budget, entries), rule)
+    chosen = filter_of(budget, entries)
+    return Stated(math.inf if chosen is None else chosen.epsilon_of(mechanisms), rule)
 
 
-def filter_epsilon(mechanisms: Iterable[SubsampledGaussian], budget: Budget, entries: Iterable[Entry]) -> float:
-    """Return the ε that the filter vouches for; infinity where the budget is too small for any filter.
+def filter_of(budget: Budget, entries: Iterable[Entry]) -> RenyiFilter | None:
+    """Return the filter that counts what is booked at the budget's δ; None where the budget is too small for any.
 
-    Its order must not depend on outputs. So it is the order for the budget under which the ledger's first booking at
-    this δ was made; a budget that is lowered or raised later moves the limit, not the order.
+    Its order must not depend on outputs. So it follows from the ledger's first booking at this δ, made before there
+    were any: from the budget then, and from the steps that were booked. A budget that is lowered or raised later moves
+    the limit, not the order. Entries of version 1 say that the order follows from the budget alone.
     """
-    epsilon = budget.epsilon
+    epsilon, expected = budget.epsilon, None
     for entry in entries:
         if entry.kind == "reserve" and entry.content["budget"]["delta"] == budget.delta:
             epsilon = entry.content["budget"]["epsilon"]
+            if entry.schema_version > 1:
+                expected = SubsampledGaussian.from_json(entry.content["mechanism"])
             break
     try:
-        return RenyiFilter(epsilon, budget.delta).epsilon_of(mechanisms)
+        return RenyiFilter(epsilon, budget.delta, expected)
     except PrivacyError:  # so small a budget that no order leaves anything for adaptive choices
-        return math.inf
+        return None

@@ -16,10 +16,23 @@ from functools import cached_property
 from typing import Any, Literal
 
 from privacy.ledger.keys import SigningKey, VerifyingKey
+from privacy.ledger.payloads import payload_problem
 
-__all__ = ["GENESIS", "SCHEMA_VERSION", "Entry", "Fault", "Kind", "canonical_json", "first_fault", "seal"]
+__all__ = [
+    "GENESIS",
+    "READABLE_VERSIONS",
+    "SCHEMA_VERSION",
+    "Entry",
+    "Fault",
+    "Kind",
+    "canonical_json",
+    "first_fault",
+    "seal",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 knew data sets without marks, and the filter's order followed from the budget alone."""
 GENESIS = "0" * 64
 """What the first entry names as the hash before it."""
 
@@ -76,7 +89,7 @@ _COVERED = tuple(field.name for field in fields(Entry) if field.name not in ("ha
 class Fault:
     """What is wrong with an entry, for a person."""
 
-    kind: Literal["altered", "missing", "reordered", "signature", "version"]
+    kind: Literal["altered", "missing", "reordered", "signature", "version", "content"]
     sequence: int
     text: str
 
@@ -145,9 +158,13 @@ def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey | None,
         return Fault(
             "signature", number, f"the signature of entry {number} is not the site's: it was forged or damaged"
         )
-    if entry.schema_version != SCHEMA_VERSION:
-        text = f"entry {number} has schema version {entry.schema_version}, this release reads {SCHEMA_VERSION}"
+    if entry.schema_version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        text = f"entry {number} has schema version {entry.schema_version}, this release reads {readable}"
         return Fault("version", number, f"{text}; install the release that wrote it, or a later one")
+    problem = payload_problem(entry.kind, entry.payload)
+    if problem is not None:
+        return Fault("content", number, f"entry {number} cannot be read: {problem}")
     return None
 
 

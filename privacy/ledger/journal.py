@@ -12,7 +12,7 @@ from typing import Any
 
 from privacy.ledger.budget import Budget, budget_content, check_change, stored_budget
 from privacy.ledger.chain import Entry, Kind, first_fault, seal
-from privacy.ledger.keys import SigningKey
+from privacy.ledger.keys import SigningKey, open_private
 from privacy.ledger.store import Store, Transaction
 from protocol.errors import PrivacyError
 
@@ -114,7 +114,7 @@ class Journal:
             )
         self._trusted = frozenset(entry.hash for entry in entries)
         if self._head_file is not None and self._head_file.exists():
-            noted = self._head_file.read_text().strip()
+            noted = self._head_file.read_text(errors="replace").strip()
             if noted not in self._trusted:
                 raise PrivacyError(
                     f"the ledger at {self._store.name} lacks the entry {noted[:12]} that {self._head_file} notes: it "
@@ -128,7 +128,7 @@ class Journal:
         if self._head_file is None or not entries:
             return
         partial = self._head_file.with_name(f".{self._head_file.name}.{os.getpid()}.{threading.get_ident()}")
-        with partial.open("w") as stream:
+        with open_private(partial, "w") as stream:
             stream.write(entries[-1].hash + "\n")
             stream.flush()
             os.fsync(stream.fileno())

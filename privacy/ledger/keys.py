@@ -7,7 +7,7 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TextIO
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -32,6 +32,7 @@ __all__ = [
     "VerifyingKey",
     "load_or_create_keys",
     "load_verifying_key",
+    "open_private",
 ]
 
 SIGNING_KEY_FILE, PUBLIC_KEY_FILE, SECRET_FILE = "ledger.key", "ledger.pub", "site.secret"
@@ -99,7 +100,10 @@ def load_or_create_keys(directory: Path) -> SiteKeys:
     Raises:
         PrivacyError: a secret file that others may read, that is damaged, or that is gone while its sibling is there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrivacyError(f"the folder {directory} for the site's keys cannot be made: {error.strerror}") from error
     key_path, secret_path = directory / SIGNING_KEY_FILE, directory / SECRET_FILE
     if key_path.exists() and not secret_path.exists():
         raise PrivacyError(
@@ -111,11 +115,15 @@ def load_or_create_keys(directory: Path) -> SiteKeys:
     _create(key_path, SigningKey.generate().to_pem())
     signing = _signing_key(key_path)
     _create(directory / PUBLIC_KEY_FILE, signing.verifying.to_pem())
-    (directory / PUBLIC_KEY_FILE).chmod(0o644)
     secret = _read_private(secret_path)
     if len(secret) != _SECRET_BYTES:
         raise PrivacyError(f"{secret_path} has {len(secret)} bytes instead of {_SECRET_BYTES}; restore it")
     return SiteKeys(signing, secret)
+
+
+def open_private(path: Path, mode: Literal["a", "w"]) -> TextIO:
+    """Open a text file for writing; one that is made gets mode 0600, whatever the umask is."""
+    return open(path, mode, encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600))
 
 
 def load_verifying_key(path: Path) -> VerifyingKey:
@@ -127,7 +135,10 @@ def load_verifying_key(path: Path) -> VerifyingKey:
     try:
         key = load_pem_public_key(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise PrivacyError(f"the public key {path} cannot be read: {error}") from error
+        raise PrivacyError(
+            f"the public key {path} cannot be read: {error}; ask the site for its {PUBLIC_KEY_FILE}, and name it with "
+            "--public-key"
+        ) from error
     if not isinstance(key, Ed25519PublicKey):
         raise PrivacyError(f"the public key {path} is not an Ed25519 key; ask the site for its {PUBLIC_KEY_FILE}")
     return VerifyingKey(key)
@@ -144,17 +155,23 @@ def _signing_key(path: Path) -> SigningKey:
 
 
 def _read_private(path: Path) -> bytes:
-    mode = path.stat().st_mode & 0o777
-    if mode & 0o077:
-        raise PrivacyError(f"{path} has mode {mode:04o}, others can read or write it; run: chmod 600 {path}")
-    return path.read_bytes()
+    try:
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            raise PrivacyError(f"{path} has mode {mode:04o}, others can read or write it; run: chmod 600 {path}")
+        return path.read_bytes()
+    except OSError as error:
+        raise PrivacyError(f"{path} cannot be read: {error.strerror}; restore it from a backup") from error
 
 
 def _create(path: Path, content: bytes) -> None:
     """Write a file of mode 0600 that appears whole, unless it is there; of two processes one wins, both read its."""
     if path.exists():
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    except OSError as error:
+        raise PrivacyError(f"{path} cannot be made: {error.strerror}; use a folder that can be written") from error
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)

@@ -30,7 +30,7 @@ from privacy.ledger.store import Transaction
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged
 
-__all__ = ["Booking", "Ledger", "Reservation"]
+__all__ = ["Account", "Booking", "Ledger", "Reservation"]
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,23 @@ class Reservation:
     """Whether this was booked before, and so costs nothing now."""
     output_digest: str | None
     """What was committed for this attempt before; None if nothing was."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a site may say in public of its spending.
+
+    It counts every data set of the ledger, whether or not a unit is shared: an upper bound for each unit, and no answer
+    to the question which records lie in which data set.
+    """
+
+    run: Stated
+    """Of one run."""
+    total: Stated
+    """Of all runs."""
+    budget: Budget
+    steps: int
+    """Booked by the run."""
 
 
 class Ledger:
@@ -165,22 +182,24 @@ class Ledger:
             charges = charges_of(entries, self._concerned(transaction))
             return [charge.mechanism for charge in charges if run in (None, charge.run)]
 
-    def stated(self, run: str | None = None) -> Stated:
-        """Return what this site may say in public of a run, or of all of them: ε, and the rule that vouches for it.
-
-        It counts every data set of the ledger, whether or not a unit is shared: an upper bound for each unit, and no
-        answer to the question which records lie in which data set.
-        """
+    def account(self, run: str) -> Account:
+        """Return what this site may say in public of a run, all of it as of one moment."""
         with self._journal.reading() as (transaction, entries):
             everything = frozenset(transaction.fingerprints())
-            charges = [charge for charge in charges_of(entries, everything) if run in (None, charge.run)]
-            return self._state(entries, charges, everything)
+            charges = charges_of(entries, everything)
+            of_run = [charge for charge in charges if charge.run == run]
+            return Account(
+                run=self._state(entries, of_run, everything),
+                total=self._state(entries, charges, everything),
+                budget=self._budget(entries),
+                steps=sum(charge.mechanism.steps for charge in of_run),
+            )
 
-    def steps_booked(self, run: str) -> int:
-        """Return how many steps a run has booked on all data sets of this ledger."""
+    def rounds_booked(self, run: str) -> tuple[int, ...]:
+        """Return the rounds of a run that are booked on this data, in ascending order."""
         with self._journal.reading() as (transaction, entries):
-            charges = charges_of(entries, frozenset(transaction.fingerprints()))
-            return sum(charge.mechanism.steps for charge in charges if charge.run == run)
+            charges = charges_of(entries, self._concerned(transaction))
+            return tuple(sorted({charge.round for charge in charges if charge.run == run}))
 
     @property
     def budget(self) -> Budget:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+import os
+import sqlite3
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ from sqlalchemy import (
     inspect,
     make_url,
     select,
+    type_coerce,
 )
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.types import NullType
 
 from privacy.identity import DataIdentity
 from privacy.ledger.chain import Entry
@@ -57,6 +61,9 @@ _data_sets = Table(
     Column("units", LargeBinary, nullable=False),
 )
 
+_UNITS = type_coerce(_data_sets.c.units, NullType())
+"""As they are stored: a number in their place must not be taken for a count of bytes."""
+
 _POSTGRES_LOCK = 0x636C6F6973746572
 """The advisory lock of every writer: the letters "cloister" as a number."""
 
@@ -73,13 +80,18 @@ class Snapshot:
 class Transaction:
     """Reads and additions that take effect together or not at all. Nothing can be changed or removed."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, name: str) -> None:
         self._connection = connection
+        self._name = name
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return all entries, by sequence number."""
+        """Return all entries, by sequence number.
+
+        Raises:
+            PrivacyError: a cell holds another type of value than was written.
+        """
         rows = self._connection.execute(select(_entries).order_by(_entries.c.sequence))
-        return tuple(Entry(**row) for row in rows.mappings())
+        return tuple(self._entry(row) for row in rows.mappings())
 
     def append(self, entry: Entry) -> None:
         """Add an entry."""
@@ -91,59 +103,92 @@ class Transaction:
 
     def data_set(self, fingerprint: str) -> DataIdentity:
         """Return a stored data set."""
-        query = select(_data_sets.c.units).where(_data_sets.c.fingerprint == fingerprint)
-        return DataIdentity.unpack(bytes(self._connection.execute(query).scalar_one()))
+        query = select(_UNITS).where(_data_sets.c.fingerprint == fingerprint)
+        return self._data_set(fingerprint, self._connection.execute(query).scalar_one())
+
+    def data_sets(self) -> dict[str, DataIdentity]:
+        """Return all stored data sets."""
+        rows = self._connection.execute(select(_data_sets.c.fingerprint, _UNITS)).all()
+        return {fingerprint: self._data_set(fingerprint, units) for fingerprint, units in rows}
 
     def add_data_set(self, data: DataIdentity) -> None:
         """Store a data set."""
         self._connection.execute(_data_sets.insert().values(fingerprint=data.fingerprint, units=data.packed))
 
+    def _entry(self, row: Mapping[Any, Any]) -> Entry:
+        for name, value in row.items():
+            expected = int if name in ("sequence", "schema_version") else str
+            if not isinstance(value, expected):
+                raise PrivacyError(
+                    f"the ledger at {self._name} is not as it was written: entry {row['sequence']} holds "
+                    f"{type(value).__name__} where {expected.__name__} belongs, in its column {name}; restore a backup"
+                )
+        return Entry(**row)
+
+    def _data_set(self, fingerprint: object, units: object) -> DataIdentity:
+        if not (isinstance(fingerprint, str) and isinstance(units, bytes)):
+            raise PrivacyError(
+                f"the ledger at {self._name} is not as it was written: the units of data set {str(fingerprint)[:12]} "
+                f"are {type(units).__name__}, not bytes; restore a backup"
+            )
+        return DataIdentity.unpack(units)
+
 
 class Store:
     """The database of one ledger."""
 
-    def __init__(self, location: str | Path, *, create: bool = True) -> None:
+    def __init__(self, location: str | Path, *, read_only: bool = False) -> None:
         """Open a store.
 
         Args:
             location: a path (SQLite), or a URL, such as `postgresql+psycopg://user@host/database`.
-            create: make what is missing; otherwise it is an error.
+            read_only: make nothing and change nothing; a copy that cannot be written will do.
 
         Raises:
-            PrivacyError: it cannot be reached, or holds something else.
+            PrivacyError: it cannot be reached, is damaged, or holds something else.
         """
         url = _url(location)
         self.name = url.render_as_string(hide_password=True) if _is_postgres(url) else str(url.database)
-        if not _is_postgres(url):
-            _prepare_file(Path(self.name), create)
-        self._engine = _engine(url)
+        with self._explained("opened"):
+            self._engine = _postgres_engine(url) if _is_postgres(url) else _sqlite_engine(Path(self.name), read_only)
         try:
-            if create:
-                with self._engine.begin() as connection:
-                    _metadata.create_all(connection)
-            with self._connected_for_reading() as connection:
-                _check_layout(connection, self.name)
-        except SQLAlchemyError as error:
+            with self._explained("opened"):
+                if not read_only:
+                    with self._engine.begin() as connection:
+                        _metadata.create_all(connection)
+                with self._connected_for_reading() as connection:
+                    _check_layout(connection, self.name)
+        except PrivacyError:
             self._engine.dispose()
-            raise PrivacyError(f"the ledger at {self.name} cannot be opened: {_reason(error)}") from error
+            raise
 
     @contextmanager
     def writing(self) -> Generator[Transaction, None, None]:
         """Hold the ledger alone: what is read stays true until the end, and then what was added is on disk."""
-        with self._engine.begin() as connection:
-            yield Transaction(connection)
+        with self._explained("written"), self._engine.begin() as connection:
+            yield Transaction(connection, self.name)
 
     @contextmanager
     def reading(self) -> Generator[Transaction, None, None]:
         """See one state of the ledger, without keeping anybody from writing."""
-        with self._connected_for_reading() as connection:
-            yield Transaction(connection)
+        with self._explained("read"), self._connected_for_reading() as connection:
+            yield Transaction(connection, self.name)
 
     def snapshot(self) -> Snapshot:
-        """Return everything."""
-        with self.reading() as transaction:
-            names = transaction.fingerprints()
-            return Snapshot(transaction.entries(), {name: transaction.data_set(name) for name in names})
+        """Return everything.
+
+        Raises:
+            PrivacyError: it cannot be read, or SQLite's own check of the file fails.
+        """
+        with self._explained("read"), self._connected_for_reading() as connection:
+            if connection.dialect.name == "sqlite":
+                found = str(connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar_one())
+                if found != "ok":
+                    raise PrivacyError(
+                        f"the ledger at {self.name} is damaged: {' '.join(found.split())}; restore a backup"
+                    )
+            transaction = Transaction(connection, self.name)
+            return Snapshot(transaction.entries(), transaction.data_sets())
 
     def close(self) -> None:
         """Release the database."""
@@ -151,6 +196,16 @@ class Store:
 
     def _connected_for_reading(self) -> Connection:
         return self._engine.connect().execution_options(cloister_reading=True)
+
+    @contextmanager
+    def _explained(self, done: str) -> Generator[None, None, None]:
+        """Turn the database's errors into one sentence."""
+        try:
+            yield
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:
+            damaged = any(word in _reason(error) for word in ("malformed", "corrupt", "not a database"))
+            fix = "; it is damaged or no ledger: restore a backup" if damaged else ""
+            raise PrivacyError(f"the ledger at {self.name} cannot be {done}: {_reason(error)}{fix}") from error
 
 
 def _url(location: str | Path) -> URL:
@@ -174,37 +229,76 @@ def _is_postgres(url: URL) -> bool:
     return url.drivername.startswith("postgresql")
 
 
-def _prepare_file(path: Path, create: bool) -> None:
-    if create:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    elif not path.is_file():
-        raise PrivacyError(f"there is no ledger at {path}; make one with: cloister ledger init")
+def _postgres_engine(url: URL) -> Engine:
+    try:
+        engine = create_engine(url, poolclass=NullPool)  # no pool: see `_sqlite_engine`
+    except ModuleNotFoundError as error:
+        raise PrivacyError("a ledger in PostgreSQL needs its driver; run: pip install 'cloister[postgres]'") from error
+    event.listen(engine, "begin", _begin_postgres)
+    return engine
 
 
-def _engine(url: URL) -> Engine:
-    # No pool: a simulation opens many ledgers, and an idle connection holds megabytes.
-    if _is_postgres(url):
-        try:
-            engine = create_engine(url, poolclass=NullPool)
-        except ModuleNotFoundError as error:
-            raise PrivacyError(
-                "a ledger in PostgreSQL needs its driver; run: pip install 'cloister[postgres]'"
-            ) from error
-        event.listen(engine, "begin", _begin_postgres)
-        return engine
-    engine = create_engine(url, connect_args={"timeout": 60}, poolclass=NullPool)
-    # SQLAlchemy's documented recipe for SQLite: take transaction control away from the driver.
-    event.listen(engine, "connect", _connect_sqlite)
+def _sqlite_engine(path: Path, read_only: bool) -> Engine:
+    """Return the engine of one file. No pool: a simulation opens many ledgers, and an idle connection holds megabytes.
+
+    SQLAlchemy's documented recipe for SQLite: transaction control is taken away from the driver.
+    """
+    if read_only:
+        if not path.is_file():
+            raise PrivacyError(f"there is no ledger at {path}; make one with: cloister ledger init")
+        connect = _reader(path)
+    else:
+        _make_private(path)
+        connect = _writer(path)
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _connect_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
+def _make_private(path: Path) -> None:
+    """Make an empty file of mode 0600, unless there is one; SQLite gives its journals the mode of the database."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _writer(path: Path) -> Callable[[], sqlite3.Connection]:
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=60, isolation_level=None)
+        connection.text_factory = _text
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
+
+    return connect
+
+
+def _reader(path: Path) -> Callable[[], sqlite3.Connection]:
+    """Open without changing a byte.
+
+    A database in WAL mode wants a journal and shared memory beside it, which SQLite removes only if it may write. Where
+    it may not, a file without a journal is all there is, and is read as it stands (`immutable`).
+    """
+    journal = path.with_name(path.name + "-wal")
+
+    def connect() -> sqlite3.Connection:
+        effective = os.access in os.supports_effective_ids
+        if all(os.access(each, os.W_OK, effective_ids=effective) for each in (path, path.parent)):
+            mode = "mode=rw"
+        else:
+            mode = "mode=ro" if journal.exists() and journal.stat().st_size else "mode=ro&immutable=1"
+        uri = f"{path.resolve().as_uri()}?{mode}"
+        connection = sqlite3.connect(uri, timeout=60, isolation_level=None, uri=True)
+        connection.text_factory = _text
+        connection.execute("PRAGMA query_only=1")
+        return connection
+
+    return connect
+
+
+def _text(stored: bytes) -> str:
+    """Read text that may be damaged; what is no UTF-8 becomes an escape that no entry holds."""
+    return stored.decode("utf-8", "backslashreplace")
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -235,5 +329,5 @@ def _check_layout(connection: Connection, name: str) -> None:
             )
 
 
-def _reason(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    return (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]

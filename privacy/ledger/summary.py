@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from privacy.identity import overlapping
 from privacy.ledger.admission import Charge, Stated, charges_of, rule_for, schedules_of, state
 from privacy.ledger.budget import Budget, stored_budget
 from privacy.ledger.chain import GENESIS, Entry
@@ -63,14 +64,17 @@ class LedgerSummary:
 def summarize(snapshot: Snapshot) -> LedgerSummary:
     """Return the summary of a ledger; whether the ledger holds is not looked at, see `verify`."""
     entries = snapshot.entries
-    budget = stored_budget(entries)
+    budget, concerned = stored_budget(entries), overlapping(snapshot.data_sets)
     return LedgerSummary(
         budget=budget,
         entries=len(entries),
         head=entries[-1].hash if entries else GENESIS,
         data_sets=()
         if budget is None
-        else tuple(_data_set(snapshot, fingerprint, budget) for fingerprint in _in_order_of_use(entries)),
+        else tuple(
+            _data_set(snapshot, fingerprint, concerned[fingerprint], budget)
+            for fingerprint in _in_order_of_use(entries)
+        ),
     )
 
 
@@ -78,9 +82,8 @@ def _in_order_of_use(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.fingerprint for entry in entries if entry.kind == "reserve"))
 
 
-def _data_set(snapshot: Snapshot, fingerprint: str, budget: Budget) -> DataSetSpending:
+def _data_set(snapshot: Snapshot, fingerprint: str, shared: frozenset[str], budget: Budget) -> DataSetSpending:
     entries, data = snapshot.entries, snapshot.data_sets[fingerprint]
-    shared = frozenset(name for name, other in snapshot.data_sets.items() if data.overlaps(other))
     charges = charges_of(entries, shared)
     spent = _stated(charges, shared, budget, entries)
     committed = frozenset(entry.content["reserve"] for entry in entries if entry.kind == "commit")

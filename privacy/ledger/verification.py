@@ -14,12 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from privacy.accounting import rdp_epsilon_of
-from privacy.ledger.admission import Rule, charges_of, rule_for, schedules_of, state
+from privacy.identity import overlapping
+from privacy.ledger.admission import Charge, Rule, charges_of, filter_of, rule_for, schedules_of, state
 from privacy.ledger.budget import Budget, stored_budget
 from privacy.ledger.chain import GENESIS, Entry, first_fault
 from privacy.ledger.keys import VerifyingKey
-from privacy.ledger.recompute import lower_bound
+from privacy.ledger.recompute import Recomputation, renyi_cost, steps_of
 from privacy.ledger.store import Snapshot
+from privacy.mechanisms import SubsampledGaussian
+from privacy.renyi import conversion
 
 __all__ = ["Figure", "Problem", "Verification", "figures_of", "structural_problems", "verify"]
 
@@ -45,13 +48,15 @@ class Figure:
     run: str
     round: int
     rule: Rule
+    """That the entries ask for."""
+    stated_rule: str
     stated: float
     recomputed: float
-    """By the same rule, from the entries."""
-    renyi: float | None
-    """An upper bound by a second accountant; None for the filter, which may exceed it."""
-    at_least: float | None
-    """A lower bound by a third; computed for the last figure of each run, which is the one that counts."""
+    """By the same rule; a declared schedule by another accountant, and only where that cannot tell by the same."""
+    at_most: float | None
+    """An upper bound by Rényi DP; None for the filter, which may exceed it."""
+    at_least: float
+    """A lower bound by privacy losses that are rounded down; for the filter also its Rényi cost, by integration."""
     budget: Budget
 
 
@@ -104,38 +109,61 @@ def structural_problems(snapshot: Snapshot, key: VerifyingKey | None) -> tuple[P
 
 def figures_of(snapshot: Snapshot) -> tuple[Figure, ...]:
     """Return every reservation's stated ε beside its recomputations, in order."""
-    reservations = [entry for entry in snapshot.entries if entry.kind == "reserve"]
-    last_of_run = {(entry.fingerprint, entry.content["run"]): entry.sequence for entry in reservations}
-    return tuple(
-        _figure(snapshot, entry, last_of_run[entry.fingerprint, entry.content["run"]] == entry.sequence)
-        for entry in reservations
-    )
+    entries = snapshot.entries
+    concerned = overlapping(snapshot.data_sets)
+    charges = charges_of(entries, snapshot.data_sets)
+    again = Recomputation([charge.mechanism for charge in charges])
+    figures: list[Figure] = []
+    for charge in charges:
+        shared = concerned[charge.fingerprint]
+        until = entries[: charge.sequence]
+        booked = [one for one in charges if one.sequence <= charge.sequence and one.fingerprint in shared]
+        rule = rule_for(booked, schedules_of(until, shared, charge.run))
+        figures.append(_figure(entries[charge.sequence - 1], until, booked, rule, again))
+    return tuple(figures)
 
 
-def _figure(snapshot: Snapshot, entry: Entry, is_last: bool) -> Figure:
-    until = snapshot.entries[: entry.sequence]
-    concerned = _overlapping(snapshot, entry.fingerprint)
-    charges = charges_of(until, concerned)
+def _figure(
+    entry: Entry, until: Sequence[Entry], charges: Sequence[Charge], rule: Rule, again: Recomputation
+) -> Figure:
     content = entry.content
-    budget = Budget(**content["budget"])
-    rule = rule_for(charges, schedules_of(until, concerned, content["run"]))
+    budget, stated = Budget(**content["budget"]), content["epsilon_after"]
     mechanisms = [charge.mechanism for charge in charges]
+    at_least = again.at_least(mechanisms, budget.delta)
+    recomputed = again.at_most(mechanisms, budget.delta) if rule == "schedule" else None
+    if recomputed is None or not _is_same(stated, recomputed):
+        recomputed = state(rule, charges, budget, until).epsilon
+    if rule == "filter":
+        at_least = max(at_least, _filtered(mechanisms, budget, until))
     return Figure(
         sequence=entry.sequence,
         run=content["run"],
         round=content["round"],
         rule=rule,
-        stated=content["epsilon_after"],
-        recomputed=state(rule, charges, budget, until).epsilon,
-        renyi=rdp_epsilon_of(mechanisms, budget.delta) if rule == "schedule" else None,
-        at_least=lower_bound(mechanisms, budget.delta) if is_last else None,
+        stated_rule=content["rule"],
+        stated=stated,
+        recomputed=recomputed,
+        at_most=_renyi_epsilon(mechanisms, budget.delta) if rule == "schedule" else None,
+        at_least=at_least,
         budget=budget,
     )
 
 
-def _overlapping(snapshot: Snapshot, fingerprint: str) -> frozenset[str]:
-    data = snapshot.data_sets[fingerprint]
-    return frozenset(name for name, other in snapshot.data_sets.items() if data.overlaps(other))
+def _filtered(mechanisms: Sequence[SubsampledGaussian], budget: Budget, until: Sequence[Entry]) -> float:
+    """Return what the filter must state at least: its cost without cuts, by integration."""
+    chosen = filter_of(budget, until)
+    if chosen is None:
+        return math.inf
+    cost = renyi_cost(mechanisms, chosen.order)
+    return max(0.0, cost + float(conversion(chosen.order, budget.delta))) if cost else 0.0
+
+
+def _renyi_epsilon(mechanisms: Sequence[SubsampledGaussian], delta: float) -> float:
+    return rdp_epsilon_of([one.repeated(count) for one, count in steps_of(mechanisms).items()], delta)
+
+
+def _is_same(stated: float, recomputed: float) -> bool:
+    return math.isclose(stated, recomputed, rel_tol=_SAME, abs_tol=1e-6)
 
 
 def _head_problems(entries: Sequence[Entry], head: str | None) -> Iterator[Problem]:
@@ -186,11 +214,17 @@ def _figure_problems(figures: Sequence[Figure]) -> Iterator[Problem]:
     """Yield what is wrong with the figures themselves."""
     for figure in figures:
         where = f"entry {figure.sequence} states ε={figure.stated:.4f}"
-        if not math.isclose(figure.stated, figure.recomputed, rel_tol=_SAME, abs_tol=1e-6):
+        if figure.stated_rule != figure.rule:
+            yield Problem(
+                figure.sequence,
+                f"entry {figure.sequence} was admitted by the rule {figure.stated_rule!r}, but what is booked asks for "
+                f"{figure.rule!r}",
+            )
+        if not _is_same(figure.stated, figure.recomputed):
             yield Problem(figure.sequence, f"{where}, but what is booked comes to {figure.recomputed:.4f}")
-        elif figure.renyi is not None and figure.stated > figure.renyi * _OVER_RENYI:
-            yield Problem(figure.sequence, f"{where}, above the {figure.renyi:.4f} that Rényi DP guarantees")
-        elif figure.at_least is not None and figure.stated < figure.at_least * (1 - _SAME):
+        elif figure.at_most is not None and figure.stated > figure.at_most * _OVER_RENYI:
+            yield Problem(figure.sequence, f"{where}, above the {figure.at_most:.4f} that Rényi DP guarantees")
+        elif figure.stated < figure.at_least * (1 - _SAME):
             yield Problem(figure.sequence, f"{where}, but the true value is at least {figure.at_least:.4f}")
 
 

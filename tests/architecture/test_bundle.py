@@ -64,7 +64,7 @@ def test_the_bundle_names_apps_that_it_does_not_hold(bundle: zipfile.ZipFile) ->
     config = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
 
     assert config["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert config["config"] == {"overrides": "data.partition.sites=[harbor,northgate]", "experiment": ""}
+    assert config["config"] == {"overrides": "data.partition.sites=[harbor,northgate]", "experiment": "", "resume": ""}
 
 
 def test_both_apps_are_loaded_from_the_installed_package(bundle: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ OVERRIDES = (
     "runtime.threads=1",
 )
 
+OPEN = tuple(override for override in OVERRIDES if not override.startswith("privacy."))
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -115,17 +117,26 @@ def test_flwr_run_on_two_nodes_does_not_train_two_of_four_sites(tmp_path: Path, 
     assert not flower.cloister_home.joinpath("simulated_sites").exists()
 
 
-def test_a_deployment_agrees(tmp_path: Path, reference: Path, flower: Any) -> None:
-    path = tmp_path / "run"
-    experiment = experiment_in(path)
+def test_a_deployment_agrees(tmp_path: Path, flower: Any) -> None:
+    """Without privacy bit by bit; with it the noise is fresh, because a real site makes no noise repeatable."""
+    path, reference = tmp_path / "run", tmp_path / "reference"
+    experiment = compose_experiment((*OPEN, "privacy=none", f"logging.directory={path}"))
+    simulate(compose_experiment((*OPEN, "privacy=none")), reference)
+    private = compose_experiment((*OPEN, f"logging.directory={tmp_path / 'private'}"))
+    seeded = experiment_in(tmp_path / "seeded")
     address = flower.start_superlink()
-    for name, file in write_site_files(experiment, build_population(experiment), tmp_path).items():
+    for name, file in write_site_files(private, build_population(experiment), tmp_path).items():
         flower.start_supernode(name, address, f'site="{file}"')
     flower.flwr_run("deployment", {"experiment": experiment.canonical_json()})
 
     assert (path / "summary.json").is_file(), flower.logs()
     assert summary_of(path)["status"] == "finished", flower.logs()
     assert_same_result(path, reference)
+    flower.flwr_run("private", {"experiment": private.canonical_json()})
+    assert summary_of(tmp_path / "private")["status"] == "finished", flower.logs()
+    flower.flwr_run("seeded", {"experiment": seeded.canonical_json()})
+    refused = summary_of(tmp_path / "seeded")["rounds"][0]["rejected"]
+    assert {reply["code"] for reply in refused} == {"insecure_seed"}, flower.logs()
     assert all((tmp_path / site / "state" / "ledger.db").is_file() for site in SITES)
 
 

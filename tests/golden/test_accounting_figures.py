@@ -6,6 +6,8 @@ import pytest
 from opacus.accountants import PRVAccountant
 
 from privacy.accounting import epsilon_of, rdp_epsilon_of, selection_epsilon
+from privacy.correlated.participation import Participation
+from privacy.correlated.toeplitz import BandedToeplitz, square_root
 from privacy.mechanisms import SubsampledGaussian, Truncation
 from privacy.renyi import zcdp_epsilon
 
@@ -99,6 +101,22 @@ def test_the_gboard_figures(rho: float, exact: float, renyi: float) -> None:
     """
     assert epsilon_of([SubsampledGaussian(1.0, 1 / math.sqrt(2 * rho), 1)], 1e-10) == pytest.approx(exact, abs=6e-4)
     assert zcdp_epsilon(rho, 1e-10) == pytest.approx(renyi, abs=1e-3)
+
+
+def test_the_geometry_of_the_spanish_banded_model() -> None:
+    """2000 rounds, 484 apart, 3 participations, 400 bands: ours gives ρ = 3 / (2z²) = 0.7534 at z = 1.411.
+
+    Participations do not overlap within 400 bands, and the last column that counts (round 968) is whole, so the squared
+    sensitivity is 3 column norms, whatever the coefficients: no banded matrix with columns of equal norm does better at
+    noise in units of that norm. The published 0.150684 is a fifth, to six digits: its z is in units of another norm,
+    which was not published. So the test above checks the conversion of that ρ alone.
+    """
+    column = square_root(400)
+    limits = Participation(rounds=2000, min_separation=484, max_participations=3)
+    squared = BandedToeplitz(column).sensitivity(limits) ** 2 / sum(value**2 for value in column)
+    assert squared == pytest.approx(3, rel=1e-12)
+    assert squared / (2 * 1.411**2) == pytest.approx(0.75342, abs=1e-5)
+    assert squared / (2 * 1.411**2) / 5 == pytest.approx(0.150684, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "figure"), [(3, 2.83), (10, 4.33), (30, 8.14)])

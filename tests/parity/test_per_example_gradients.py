@@ -9,6 +9,8 @@ import torch
 
 from finetuning.batches import Example, collate
 from finetuning.tasks.build import build_objective
+from privacy.ghost_clipping import GhostGradients
+from privacy.randomness import SecureStream
 
 CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2")
 ENCODERS = ("bert", "roberta")
@@ -58,6 +60,33 @@ def test_native_equals_opacus(family: str, strategy: str, bench: Make, make_exam
     examples = examples_for(family, make_examples)
     theirs = made.batched(examples, 0.05, per_example="opacus")
     assert error_of(made.batched(examples, 0.05), theirs) < FP32_BOUND
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ghost_clipping_that_is_measured_against_is_the_same_sum(
+    family: str, bench: Make, make_examples: Make, make_plan: Make, error_of: Make, total_norm: Make
+) -> None:
+    made = bench(family)
+    examples = make_examples(LENGTHS)
+    halves = [collate(part, made.adapted.base.pad_token_id) for part in (examples[:4], examples[4:])]
+    clip_norm = total_norm(made.gradient(examples[0]))
+    made.adapted.network.train()
+    plan, stream = make_plan(clip_norm, 0.0), SecureStream.insecure(0)
+    rule = GhostGradients(plan, made.adapted.network, made.trained, stream)
+    try:
+        for half in halves:
+            rule.accumulate(build_objective(made.task).losses(made.adapted.network, half))
+        rule.finish()
+        ours = {name: each.grad.double() for name, each in made.trained.items()}
+        assert 0 < rule.clipped < len(examples)
+        with pytest.raises(ValueError, match="one example per unit, and no padding"):
+            rule.accumulate(torch.ones(2), torch.tensor([0, 0]))
+    finally:
+        rule.close()
+        for parameter in made.trained.values():
+            parameter.grad = None
+    assert error_of(ours, made.one_at_a_time(examples, clip_norm)) < FP32_BOUND
+    assert not any(module._backward_hooks for module in made.adapted.network.modules())
 
 
 @pytest.mark.parametrize("option", [{"rslora": True, "rank": 8}, {"targets": ("q_proj", "down_proj")}, {"rank": 1}])

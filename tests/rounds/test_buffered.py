@@ -120,7 +120,7 @@ def test_a_stale_update_is_scaled_before_it_is_folded(monkeypatch: pytest.Monkey
     folded: list[NamedTensors] = []
     reply = Reply(None, {"x": torch.ones(3)})  # type: ignore[arg-type]
     outcome = buffered.SiteReplied(1, "harbor", True, 0, 0)
-    monkeypatch.setattr(buffered, "judged", lambda *_: (outcome, reply))
+    monkeypatch.setattr(buffered, "judged", lambda *_: (outcome, reply, False))
 
     class Instructed:
         instruction = type("Empty", (), {"tensors": {}})()
@@ -129,6 +129,6 @@ def test_a_stale_update_is_scaled_before_it_is_folded(monkeypatch: pytest.Monkey
     time = SimulatedTime()
     collector = BufferedCollector(None, Buffered(), 1.0, Waiting(time.now, time.sleep))  # type: ignore[arg-type]
     work = buffered._AtWork("harbor", 1, Instructed(), 0)  # type: ignore[arg-type]
-    event = collector._taken(work, None, 4, lambda _site, given, _start: folded.append(given.tensors))  # type: ignore[arg-type]
+    event, _ = collector._taken(work, None, 4, lambda _site, given, _start: folded.append(given.tensors))  # type: ignore[arg-type]
     assert torch.equal(folded[0]["x"], torch.full((3,), 0.5))
     assert (event.round, event.metrics) == (4, {"staleness": 3.0})

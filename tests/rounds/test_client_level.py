@@ -72,7 +72,8 @@ class Run:
         return json.loads((self.path / "summary.json").read_text())
 
     def adapter(self, round_number: int) -> NamedTensors:
-        return load_tensors(self.path / "checkpoints" / f"round-{round_number:05d}.safetensors")[0]
+        stored = load_tensors(self.path / "checkpoints" / f"round-{round_number:05d}.safetensors")[0]
+        return {name.removeprefix("adapter/"): tensor for name, tensor in stored.items()}
 
     def moved(self, after: int, before: int) -> torch.Tensor:
         """All values of the difference of two rounds' adapters that were trained."""
@@ -163,7 +164,7 @@ def test_correlated_noise_is_reserved_once_and_sites_rest(run: Callable[..., Run
 def test_a_schedule_that_the_limits_forbid_asks_nobody(run: Callable[..., Run]) -> None:
     sites = [KnownSite(f"site-{number}") for number in range(4)]
     with pytest.raises(PrivacyError, match=r"min_separation=2 with 4 of 4 sites in every round needs 8 sites"):
-        run(privacy="client_level_banded", sites=sites)
+        run("privacy.noise.min_separation=2", privacy="client_level_banded", sites=sites)
     assert not any(site.asked for site in sites)
 
 
@@ -186,6 +187,9 @@ def test_an_empty_secret_cohort_is_noised_and_stepped_and_names_nobody(run: Call
     first, *events = (made.path / "metrics.jsonl").read_text().splitlines()
     assert "site-3" in first, "who is enrolled is public"
     assert not any("site-" in event for event in events)
+    assert made.summary["bytes"] == {"down": None, "up": None}
+    assert all(site["bytes"] == {"down": None, "up": None} for site in made.summary["sites"].values())
+    assert "withheld" in (made.path / "report.html").read_text()
     assert all(json.loads(event)["accepted"] is None for event in events if '"round_finished"' in event)
 
 
@@ -239,6 +243,7 @@ def test_real_sites_protect_both_units(tmp_path: Path) -> None:
             "data.max_records=80",
             "data.max_length=96",
             "federation.rounds=1",
+            "federation.sites_per_person=2",
             "federation.local.steps=1",
             "federation.local.expected_batch_size=2",
             "evaluation.every=0",
@@ -248,6 +253,10 @@ def test_real_sites_protect_both_units(tmp_path: Path) -> None:
     summary = simulate(experiment, tmp_path / "run").summary
     assert len(summary["rounds"][0]["accepted"]) == 4
     site, record = summary["privacy"]["joint"]
+    assert site["sites_per_person"] == record["sites_per_person"] == 2
+    assert site["epsilon"] < site["epsilon_over_sites"]
+    assert record["epsilon"] < record["epsilon_over_sites"] < 2 * record["epsilon"] + 1
+    assert "For a person known at up to 2 sites together" in (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert (site["unit"], record["unit"]) == ("site", "record")
     assert record["delta"] < site["delta"]
     assert 0 < record["epsilon"] == max(s["privacy"]["epsilon_run"] for s in summary["sites"].values())
@@ -255,8 +264,16 @@ def test_real_sites_protect_both_units(tmp_path: Path) -> None:
     assert site["relation"] in page
     assert record["relation"] in page
     assert "for one site and " in page
+    assert "For a person known at up to <strong>2 sites</strong>" in page
 
 
 def finished(made: Run) -> list[PrivacyStatement]:
     events = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
     return [PrivacyStatement(**event["privacy"]) for event in events if event["kind"] == "round_finished"]
+
+
+def test_the_log_of_a_secret_cohort_names_no_site(run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    sites = [KnownSite(f"site-{number}", factor=1.5) for number in range(POPULATION)]
+    run("federation.cohort_sampling=poisson", "federation.cohort_size=9", "federation.rounds=1", sites=sites)
+    assert "a reply was not used: norm_above_clip" in caplog.text
+    assert "site-" not in "".join(record.getMessage() for record in caplog.records if "not used" in record.getMessage())

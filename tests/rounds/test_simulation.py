@@ -106,12 +106,17 @@ def test_peft_loads_the_adapter_and_it_is_the_one_that_was_evaluated(
     adapted = PeftModel.from_pretrained(base, run.path / "adapter")
     assert not torch.allclose(adapted(ids).logits, before)
     stored = load_file(run.path / "adapter" / "adapter_model.safetensors")
-    last = load_file(run.path / "checkpoints" / "round-00003.safetensors")
+    last = _adapter_after(run, 3)
     assert stored.keys() == last.keys()
     assert all(torch.equal(stored[name], last[name]) for name in stored)
     card = (run.path / "adapter" / "README.md").read_text()
     assert "add or remove one record of a site" in card
     assert "δ = 8.3e-05" in card
+
+
+def _adapter_after(run: Simulated, round_number: int) -> dict[str, torch.Tensor]:
+    stored = load_file(run.path / "checkpoints" / f"round-{round_number:05d}.safetensors")
+    return {name.removeprefix("adapter/"): tensor for name, tensor in stored.items()}
 
 
 def test_no_private_fact_is_in_what_the_server_keeps(private_run: tuple[Simulated, list[Event]]) -> None:

@@ -143,6 +143,8 @@ def test_loss_normalized_over_the_batch(plant: Plant, catches: Catches) -> None:
         return Coupled()
 
     plant("build_objective", coupled)
+    # The dry run would refuse it (tests/unit/client/test_dry_run_before_spending.py); here the doctor has to see it.
+    plant("way_of_gradients", lambda *_: "native")
     catches(12)
 
 

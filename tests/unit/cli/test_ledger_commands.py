@@ -183,3 +183,49 @@ def test_a_broken_ledger_is_exported_with_its_problem(ledger: Path, tmp_path: Pa
     assert "entry 3 was altered" in page
     assert "&lt;script&gt;" in page
     assert json.loads((tmp_path / "out.json").read_text())["verification"]["problems"][0]["sequence"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("export", "none/out.html"), "is in a folder that does not exist; run: mkdir -p .*none"),
+        (("export", "."), "is a folder; name a file in it"),
+        (("show", "--plot", "x.txt"), "--plot .*x.txt ends in '.txt'; use one of .png, .svg, .pdf"),
+        (("show", "--plot", "none/x.png"), "is in a folder that does not exist"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_first(
+    ledger: Path, tmp_path: Path, arguments: tuple[str, ...], text: str
+) -> None:
+    *options, name = arguments
+    error = refusal(*options, tmp_path / name, "--ledger", ledger)
+    assert isinstance(error, ConfigError)
+    assert re.search(text, str(error))
+
+
+def test_every_command_says_what_is_wrong_with_a_damaged_ledger(ledger: Path, tmp_path: Path) -> None:
+    ledger.write_bytes(ledger.read_bytes()[:5000])
+    for command in (("show",), ("verify",), ("export", tmp_path / "out.html"), ("set-budget", "--epsilon", 1)):
+        error = refusal(*command, "--ledger", ledger)
+        assert isinstance(error, PrivacyError)
+        assert re.search(r"the ledger at .* (is damaged|cannot be \w+): .*restore a backup", str(error))
+
+
+def test_a_copy_without_keys_is_shown_and_asks_for_the_public_key(ledger: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    copy = tmp_path / "copy" / "ledger.db"
+    copy.write_bytes(ledger.read_bytes())
+    copy.chmod(0o444)
+    run("show", "--ledger", copy)
+    run("verify", "--ledger", copy, "--public-key", tmp_path / "ledger.pub")
+    error = refusal("verify", "--ledger", copy)
+    assert "the public key" in str(error)
+    assert "name it with --public-key" in str(error)
+    assert [path.name for path in copy.parent.iterdir()] == ["ledger.db"]
+
+
+def test_figures_are_whole_at_80_columns(ledger: Path) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["ledger", "show", "--ledger", str(ledger)])
+    assert result.exit_code == 0
+    assert "…" not in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80

@@ -11,7 +11,7 @@ from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel
 from finetuning.adapters import attach
 from finetuning.models import load_base
-from protocol.instructions import Instruction, InstructionHeader, client_plan
+from protocol.instructions import Instruction, InstructionHeader, ReleaseClaim, client_plan
 from protocol.tensors import NamedTensors, digest
 from simulations.population import Population, build_population, site_file
 from strategies.build import build_strategy
@@ -41,7 +41,8 @@ def make_site(population: Population, tmp_path: Path) -> Callable[..., Site]:
     def make(experiment: Experiment, name: str = "harbor", rows: int = 60, state: str = "state") -> Site:
         own = population.parts[name][:rows]
         users = len({str(row["patient"]) for row in own}) if own else None
-        return Site(site_file(experiment, name, max(len(own), 1), tmp_path / state / name, users), rows=lambda: own)
+        file = site_file(experiment, name, max(len(own), 1), tmp_path / state / name, users)
+        return Site(file, rows=lambda: own, simulated=True)
 
     return make
 
@@ -49,7 +50,11 @@ def make_site(population: Population, tmp_path: Path) -> Callable[..., Site]:
 @pytest.fixture(scope="session")
 def instruct() -> Callable[..., Instruction]:
     def make(
-        experiment: Experiment, round_number: int = 1, run: str = "run", adapter: NamedTensors | None = None
+        experiment: Experiment,
+        round_number: int = 1,
+        run: str = "run",
+        adapter: NamedTensors | None = None,
+        release: ReleaseClaim | None = None,
     ) -> Instruction:
         adapted = attach(load_base(experiment.model, experiment.task, "cpu"), experiment.peft, experiment.task)
         start = dict(adapter if adapter is not None else adapted.initial(experiment.seed))
@@ -62,6 +67,7 @@ def instruct() -> Callable[..., Instruction]:
             base_digest=adapted.base.digest,
             adapter_digest=digest(start),
             clip_norm=experiment.privacy.clip_norm if isinstance(experiment.privacy, ClientLevel) else None,
+            release=release,
         )
         return Instruction(header, {name: start[name] for name in trained})
 

@@ -47,6 +47,7 @@ def site(budget: SiteBudget | None = SiteBudget(epsilon=8, delta=1e-5), **policy
         (header("privacy.insecure_seed=1"), site(), "insecure_seed"),
         (header("privacy=client_level", "privacy.insecure_seed=1"), site(trust_server_noise=True), "insecure_seed"),
         (header(), site(budget=None), "no_budget"),
+        (header("privacy.delta=1e-6"), site(), "delta_below_budget"),
         (header(), site(budget=SiteBudget(unit="user", epsilon=8, delta=1e-5)), "wrong_unit"),
         (header(*USERS), site(), "no_users"),
         (header(*CLIENTS), site(), "no_trust_in_server_noise"),
@@ -73,7 +74,7 @@ def test_the_default_policy_agrees_to_private_training_alone() -> None:
 
 def test_a_policy_can_agree_to_more() -> None:
     check_policy(site(allow_no_privacy=True, budget=None), header("privacy=none"))
-    check_policy(site(allow_insecure_seed=True), header("privacy.insecure_seed=1"))
+    check_policy(site(), header("privacy.insecure_seed=1"), simulated=True)
 
 
 def test_no_file_means_nothing_is_allowed(tmp_path: Path) -> None:

@@ -211,14 +211,13 @@ def test_a_server_cannot_test_for_labels(tmp_path: Path, small: Make, instruct: 
             "model_path": "embedded:clinic-base",
             "task": {"kind": "classification", "labels": ["flu", "measles", "hiv"]},
             "budget": {"epsilon": 8, "delta": 1e-3},
-            "policy": {"allow_insecure_seed": True},
             "data": data,
             "state_directory": str(tmp_path / "state"),
         }
     )
     for labels in ("[flu,measles]", "[flu,cold]", "[flu,measles,hiv,cold]"):
         overrides = ["data=csv_labelled", f"data.source.path={path}", "task=classification", f"task.labels={labels}"]
-        assert Site(file).handle(instruct(small(*overrides))).header.code == "wrong_task"
+        assert Site(file, simulated=True).handle(instruct(small(*overrides))).header.code == "wrong_task"
 
 
 def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path, small: Make, instruct: Make) -> None:
@@ -229,7 +228,7 @@ def test_a_server_cannot_make_a_site_open_another_model(tmp_path: Path, small: M
     plan = asked.header.plan.model_copy(update={"model": model})
     header = asked.header.model_copy(update={"plan": plan, "plan_digest": plan.digest})
     rows = build_population(experiment).parts["harbor"][:60]
-    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
+    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows, simulated=True)
     assert site.handle(Instruction(header, asked.tensors)).header.status == "trained"
 
 
@@ -239,7 +238,7 @@ def test_a_layer_without_a_rule_is_refused_before_anything_is_spent(
     gradients = ("privacy.per_example_gradients=opacus", "privacy.without_rule=refuse")
     experiment = small("peft.targets=[embed_tokens]", "strategy=fedit", *gradients)
     rows = build_population(experiment).parts["harbor"][:60]
-    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows)
+    site = Site(site_file(experiment, "harbor", 60, tmp_path), rows=lambda: rows, simulated=True)
     with pytest.raises(PrivacyError, match=r"no per-example gradient rule in opacus: .*embed_tokens"):
         site.handle(instruct(experiment))
     assert site.state.spent() == 0

@@ -4,7 +4,15 @@ import math
 
 import dp_accounting
 import pytest
-from dp_accounting import NeighboringRelation
+from dp_accounting import (
+    DpEvent,
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+    TruncatedSubsampledGaussianDpEvent,
+    UnsupportedDpEvent,
+)
 from dp_accounting.pld import PLDAccountant
 
 from privacy.accounting import (
@@ -14,7 +22,6 @@ from privacy.accounting import (
     accountant_of,
     epsilon_of,
     epsilon_over_sites,
-    event_of,
     rdp_epsilon_of,
     selection_epsilon,
 )
@@ -26,6 +33,25 @@ FULL = SubsampledGaussian(1.0, 8.0, 3)
 CUT = SubsampledGaussian(0.02, 1.2, 100, Truncation(800, 32))
 DISCRETE = SubsampledGaussian(0.02, 1.2, 100, discrete=True)
 MIXED = (SAMPLED, OTHER, FULL)
+
+
+def event_of(mechanism: SubsampledGaussian) -> DpEvent:
+    """Return `mechanism` in the language of dp-accounting.
+
+    A cut batch is a `TruncatedSubsampledGaussianDpEvent`, to be read under the relation REPLACE_SPECIAL. Discrete noise
+    has no event there, and is handed over as unsupported rather than as something it is not.
+    """
+    if mechanism.discrete:
+        return UnsupportedDpEvent()
+    if mechanism.truncation is not None:
+        step: DpEvent = TruncatedSubsampledGaussianDpEvent(
+            mechanism.truncation.slots, mechanism.sampling_rate, mechanism.truncation.cap, mechanism.noise_multiplier
+        )
+    elif mechanism.sampling_rate == 1:
+        step = GaussianDpEvent(mechanism.noise_multiplier)
+    else:
+        step = PoissonSampledDpEvent(mechanism.sampling_rate, GaussianDpEvent(mechanism.noise_multiplier))
+    return SelfComposedDpEvent(step, mechanism.steps)
 
 
 def by_the_library(mechanisms: tuple[SubsampledGaussian, ...], relation: NeighboringRelation) -> float:

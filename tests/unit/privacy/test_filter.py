@@ -23,6 +23,38 @@ def test_the_order_follows_from_the_budget_alone() -> None:
     assert RenyiFilter(3.0, 1e-5).order == 6
 
 
+EXPECTED = [
+    (0.02, 1.0, 8.0, 6.95, 7.27),
+    (0.02, 2.0, 8.0, 6.85, 7.42),
+    (0.02, 1.0, 2.0, 1.23, 1.60),
+    (0.005, 1.0, 8.0, 6.87, 7.40),
+]
+
+
+@pytest.mark.parametrize(("rate", "noise", "epsilon", "without", "expecting"), EXPECTED)
+def test_what_is_expected_fits_better(
+    rate: float, noise: float, epsilon: float, without: float, expecting: float
+) -> None:
+    """When the filter is full, this is what exact composition says: with and without knowing the steps beforehand."""
+    step = SubsampledGaussian(rate, noise, 1)
+    for made, exact in ((RenyiFilter(epsilon, 1e-5), without), (RenyiFilter(epsilon, 1e-5, step), expecting)):
+        fitting = int(made.limit / made.cost([step]))
+        assert epsilon_of([step.repeated(fitting)], 1e-5) == pytest.approx(exact, abs=0.01)
+
+
+def test_what_is_expected_moves_the_order_and_never_the_promise() -> None:
+    """A louder step than expected finds less room, but none is made for it."""
+    quiet, loud = SubsampledGaussian(0.05, 8.0, 1), SubsampledGaussian(0.05, 0.7, 1)
+    made = RenyiFilter(3.0, 1e-5, quiet)
+    assert made.order > RenyiFilter(3.0, 1e-5, loud).order
+    spent: list[SubsampledGaussian] = []
+    while made.admits([*spent, loud]):
+        spent.append(loud)
+    assert epsilon_of(spent, 1e-5) <= 3.0
+    for nothing in (SubsampledGaussian(0.05, 0.0, 1), quiet.repeated(0)):
+        assert RenyiFilter(3.0, 1e-5, nothing).order == RenyiFilter(3.0, 1e-5).order
+
+
 def test_it_admits_to_the_limit_and_not_beyond() -> None:
     made, step = RenyiFilter(2.0, 1e-5), SubsampledGaussian(0.02, 1.5, 1)
     fitting = int(made.limit / made.cost([step]))

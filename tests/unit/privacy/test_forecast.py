@@ -17,6 +17,7 @@ from privacy.forecast import (
     group_cost,
     nearest_feasible,
     of_rank,
+    person_cost,
     search_cost,
     selection_cost,
     signal_to_noise,
@@ -184,3 +185,27 @@ def test_a_federation_that_cannot_be_says_why() -> None:
     refused = client_outlook(tired, Federation(rounds=9), four, None)
     assert "raise privacy.noise.max_participations to 9" in refused.problem
     assert refused.fixes == ("federation.rounds=1",)
+
+
+def test_a_person_at_several_sites_costs_more_than_at_one_and_less_than_the_sum() -> None:
+    sites = [(scenario, forecast([scenario])[0], 1) for scenario in (_site("a", 1000), _site("b", 2000))]
+    one, two, more = (person_cost(sites, several) for several in (1, 2, 5))
+    assert one == max(outlook.epsilon or 0.0 for _, outlook, _ in sites)
+    assert one < two < 2 * one
+    assert two == more, "there are no more sites"
+    assert person_cost([(sites[0][0], sites[0][1], 2)], 2) > one
+
+
+def _site(label: str, published: int) -> Scenario:
+    privacy = ExampleLevel(target_epsilon=2.0, delta=1e-5)
+    return Scenario(label, privacy, LocalTraining(steps=2, expected_batch_size=32), 4, published)
+
+
+def test_several_whole_sites_of_one_person_are_a_group() -> None:
+    privacy = ClientLevel(target_epsilon=None, noise_multiplier=4.0, delta=1e-3)
+    weights = dict.fromkeys("abcdefgh", 1.0)
+    one, three = (
+        client_outlook(privacy, Federation(rounds=4, sites_per_person=several), weights, None) for several in (1, 3)
+    )
+    assert one.epsilon_person == one.epsilon == three.epsilon
+    assert three.epsilon_person == epsilon_of([SubsampledGaussian(1.0, 4.0, 4)], 1e-3, group_size=3)

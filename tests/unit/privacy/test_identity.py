@@ -5,7 +5,7 @@ import hmac
 
 import pytest
 
-from privacy.identity import UNIT_HASH_BYTES, DataIdentity, identify
+from privacy.identity import UNIT_HASH_BYTES, DataIdentity, identify, overlapping
 from protocol.errors import PrivacyError
 
 KEY = b"k" * 32
@@ -32,6 +32,39 @@ def test_packing_loses_nothing() -> None:
     one = identify((str(number).encode() for number in range(1000)), KEY)
     assert len(one.packed) == 1000 * UNIT_HASH_BYTES
     assert DataIdentity.unpack(one.packed) == one
+
+
+def test_a_shared_mark_is_an_overlap_and_no_unit() -> None:
+    one, other = identify([b"a"], KEY, [b"m"]), identify([b"b"], KEY, [b"m", b"n"])
+    assert one.overlaps(other)
+    assert not identify([b"a"], KEY, [b"b"]).overlaps(identify([b"b"], KEY, [b"a"]))
+    assert len(other.units) == 1
+
+
+def test_packing_with_marks_loses_nothing_and_is_told_from_packing_without() -> None:
+    marked = identify([b"a", b"b"], KEY, [b"m"])
+    assert DataIdentity.unpack(marked.packed) == marked
+    assert marked.fingerprint != identify([b"a", b"b"], KEY).fingerprint
+    assert len(marked.packed) % UNIT_HASH_BYTES != 0
+
+
+def test_other_bytes_never_have_the_fingerprint() -> None:
+    for marks in ([], [b"m", b"n"]):
+        data = identify([b"a", b"b", b"c"], KEY, marks)
+        for damaged in (data.packed[:-1], data.packed[16:], data.packed[:-16], data.packed + b"\0", b"", b"\x02"):
+            assert DataIdentity.unpack(damaged).fingerprint != data.fingerprint
+
+
+def test_overlaps_of_many_are_those_of_each_pair() -> None:
+    sets = {
+        str(number): identify([str(number).encode()], KEY, [str(number // 3).encode()] if number % 2 else [])
+        for number in range(9)
+    }
+    sets["all"] = identify([str(number).encode() for number in range(4)], KEY)
+    assert overlapping(sets) == {
+        name: frozenset(other for other in sets if data.overlaps(sets[other])) for name, data in sets.items()
+    }
+    assert overlapping({}) == {}
 
 
 def test_no_unit_is_no_data_set() -> None:

@@ -63,7 +63,7 @@ def test_it_is_the_library_s_composition() -> None:
 def test_selection_is_the_library_s_event() -> None:
     step = SelfComposedDpEvent(PoissonSampledDpEvent(0.02, GaussianDpEvent(1.2)), 100)
     theirs = RdpAccountant(ORDERS).compose(RepeatAndSelectDpEvent(step, mean=5.0, shape=math.inf))
-    ours = renyi_selection_epsilon([SubsampledGaussian(0.02, 1.2, 100)], 1e-5, 5.0)
+    ours = renyi_selection_epsilon([[SubsampledGaussian(0.02, 1.2, 100)]], 1e-5, 5.0)
     assert ours == pytest.approx(theirs.get_epsilon(1e-5), rel=1e-6)
 
 

@@ -11,6 +11,7 @@ from client.rounds import _clipped
 from conf.compose import compose_experiment
 from protocol.errors import PrivacyError, SiteRefusal
 from protocol.instructions import InstructionHeader, SiteCard, client_plan, decode_instruction
+from server.budget import ServerBooks
 from server.cohort import Member
 from server.protection import ClientLevelProtection, protection_for
 from strategies.build import build_strategy
@@ -22,7 +23,7 @@ MEMBERS = tuple(
 
 def protection(path: Path, strategy: Any = None) -> ClientLevelProtection:
     experiment = compose_experiment(["privacy=client_level"])
-    directory: Any = SimpleNamespace(path=path, run="run-1")
+    directory: Any = SimpleNamespace(path=path, run="run-1", books=ServerBooks(path / "server"))
     made = protection_for(experiment, strategy or build_strategy(experiment.strategy), MEMBERS, directory)
     assert isinstance(made, ClientLevelProtection)
     return made
@@ -35,7 +36,7 @@ def test_a_strategy_that_is_no_sum_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_is_released_that_was_not_reserved(tmp_path: Path) -> None:
     made = protection(tmp_path)
-    with pytest.raises(RuntimeError, match="a round must be reserved before anything is folded into it"):
+    with pytest.raises(RuntimeError, match="a round must be reserved before anything of it is released"):
         made.combined()
     made.close()
 

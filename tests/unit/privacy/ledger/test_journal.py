@@ -84,7 +84,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(
             PrivacyError, match=f"there is no ledger at .*{missing}; make one with: cloister ledger init"
         ):
-            Store(tmp_path / missing, create=False)
+            Store(tmp_path / missing, read_only=True)
     assert not (tmp_path / "none.db").exists()
     with pytest.raises(PrivacyError, match="a ledger cannot be kept in 'mysql'; use a path, or postgresql"):
         Store("mysql://host/database")

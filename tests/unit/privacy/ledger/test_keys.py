@@ -27,7 +27,7 @@ def test_keys_are_made_once_and_are_nobody_elses(tmp_path: Path) -> None:
     assert public.accepts(made.signing.sign(b"text"), b"text")
     assert not public.accepts(made.signing.sign(b"text"), b"other")
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "state").iterdir()}
-    assert modes == {"ledger.key": 0o600, "site.secret": 0o600, "ledger.pub": 0o644}
+    assert modes == {"ledger.key": 0o600, "site.secret": 0o600, "ledger.pub": 0o600}
 
 
 @pytest.mark.parametrize(("name", "mode"), [("ledger.key", 0o640), ("site.secret", 0o604), ("site.secret", 0o620)])

@@ -75,7 +75,7 @@ def test_steps_without_noise_are_refused(open_ledger, booking) -> None:
 
 
 def filtered(*mechanisms: SubsampledGaussian, budget: float = 10.0) -> float:
-    return RenyiFilter(budget, DELTA).epsilon_of(list(mechanisms))
+    return RenyiFilter(budget, DELTA, mechanisms[0]).epsilon_of(list(mechanisms))
 
 
 def test_one_run_as_declared_is_composed_exactly_and_anything_else_goes_through_the_filter(
@@ -114,13 +114,23 @@ def test_a_schedule_declared_anew_is_a_change(open_ledger, booking, path) -> Non
     assert kinds(path).count("schedule") == 2
 
 
-def test_the_order_of_the_filter_is_that_of_the_budget_at_the_first_booking(open_ledger, booking, key, path) -> None:
+def test_the_order_of_the_filter_is_that_of_the_first_booking(open_ledger, booking, key, path) -> None:
     """An order chosen after looking at outputs would void the filter."""
     ledger = open_ledger(10.0)
     ledger.reserve(booking(1))
     lowered = open_ledger(6.0)
     assert lowered.reserve(booking(1, run="second")).epsilon_after == pytest.approx(filtered(STEP, STEP))
     assert filtered(STEP, STEP) != pytest.approx(filtered(STEP, STEP, budget=6.0), rel=1e-3)
+
+
+def test_the_order_of_the_filter_suits_what_was_booked_first(open_ledger, booking) -> None:
+    quiet = SubsampledGaussian(0.05, 8.0, 10)
+    ledger = open_ledger(3.0)
+    ledger.reserve(booking(1, mechanism=quiet))
+    loud = STEP.repeated(2)
+    after = ledger.reserve(booking(1, run="second", mechanism=loud)).epsilon_after
+    assert after == pytest.approx(filtered(quiet, loud, budget=3.0))
+    assert after != pytest.approx(filtered(loud, quiet, budget=3.0), rel=1e-3)
 
 
 def test_a_budget_too_small_for_any_filter_still_admits_a_declared_run(open_ledger, booking) -> None:

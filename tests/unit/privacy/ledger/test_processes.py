@@ -123,7 +123,7 @@ def test_postgresql_keeps_the_same_ledger(postgres_url, site_key, people, bookin
     with pytest.raises(BudgetExceeded):
         ledger.reserve(booking(2))
     journal.close()
-    store = Store(postgres_url, create=False)
+    store = Store(postgres_url, read_only=True)
     snapshot = store.snapshot()
     assert verify(snapshot, site_key.verifying).holds
     assert [entry.kind for entry in snapshot.entries] == [

@@ -1,0 +1,127 @@
+"""A slow site holds up nobody: the deadline holds, the late update is dropped, and the site is told."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, MessageType
+
+from client.app import client_app
+from client.site import Site
+from conf.compose import compose_experiment
+from protocol.errors import FederationError
+from protocol.instructions import Instruction
+from protocol.records import record_to_instruction
+from server.app import Launch, serve
+from server.arrivals import arrivals
+from simulations.in_process import InProcessGrid
+from simulations.population import Population, build_population
+
+SLOW = "eastfield"
+OVERRIDES = (
+    "experiment=smoke",
+    "privacy=none",
+    "data.max_records=60",
+    "data.max_length=64",
+    "federation.rounds=2",
+    "federation.local.steps=1",
+    "federation.local.expected_batch_size=2",
+    "evaluation.every=0",
+    "runtime.threads=1",
+    "federation.reply_timeout_s=8",
+    f"data.partition.sites=[{SLOW},harbor]",
+)
+
+
+class SlowUpload(InProcessGrid):
+    """One node's first training reply is being uploaded for longer than the round lasts."""
+
+    def __init__(self, *given: Any, slow_node: int) -> None:
+        super().__init__(*given)
+        self._slow_node, self._stuck = slow_node, threading.Event()
+        self._one_at_a_time = threading.Lock()
+        self._slow: set[str] = set()
+        self.instructions: list[Instruction] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        identifiers = list(super().push_messages(sent))
+        for identifier, message in zip(identifiers, sent, strict=True):
+            if message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == self._slow_node:
+                self.instructions.append(record_to_instruction(message.content))
+                if len(self.instructions) == 1:
+                    self._slow.add(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        identifiers = list(message_ids)
+        if self._slow & set(identifiers):
+            self._stuck.wait(60)
+        with self._one_at_a_time:
+            return list(super().pull_messages(identifiers))
+
+
+def sites_of(path: Path) -> list[Site]:
+    experiment = compose_experiment(OVERRIDES)
+    population = build_population(experiment)
+    return list(Population(population.parts, ()).sites(experiment, path / "sites").values())
+
+
+def grid_of(sites: list[Site]) -> SlowUpload:
+    def site_of(context: Context) -> Site:
+        return sites[int(context.node_config["partition-id"])]
+
+    slow = next(number for number, site in enumerate(sites, start=1) if site.file.name == SLOW)
+    return SlowUpload(client_app(site_of), [{"partition-id": each} for each in range(len(sites))], slow_node=slow)
+
+
+def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sites = sites_of(tmp_path)
+    grid = grid_of(sites)
+    observed: list[Any] = []
+    experiment = compose_experiment(OVERRIDES)
+    launch = Launch(experiment, tmp_path / "run", (observed.append,), (), expected_sites=2, pullers=2)
+    with caplog.at_level(logging.WARNING, logger="client.rounds"):
+        serve(grid, launch)
+    replies = {(each.round, each.site): (each.accepted, each.code) for each in observed if each.kind == "site_replied"}
+    assert replies == {
+        (1, "harbor"): (True, ""),
+        (1, SLOW): (False, "no_reply"),
+        (2, "harbor"): (True, ""),
+        (2, SLOW): (True, ""),
+    }
+    assert [instruction.header.unused_rounds for instruction in grid.instructions] == [(), (1,)]
+    assert f"site {SLOW}: the server did not use rounds [1]" in caplog.text
+
+
+def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path) -> None:
+    sites = [site for site in sites_of(tmp_path) if site.file.name == SLOW]
+    experiment = compose_experiment([*OVERRIDES, "federation.reply_timeout_s=2"])
+    launch = Launch(experiment, tmp_path / "run", (), (), expected_sites=1, pullers=1)
+    with pytest.raises(FederationError, match=r"round 1 has 0 valid replies and 1 others, federation.min_replies=1"):
+        serve(grid_of(sites), launch)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_what_breaks_in_a_puller_is_raised_and_no_thread_outlives_the_round() -> None:
+    class Broken:
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            raise ConnectionError("the SuperLink is gone")
+
+    before = set(threading.enumerate())
+    grid: Any = Broken()
+    with pytest.raises(ConnectionError, match="the SuperLink is gone"):
+        list(arrivals(grid, ["a", "b"], timeout_s=30, pullers=2, clock=lambda: 0.0, sleep=lambda _: None))
+
+    class Silent:
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return []
+
+    grid = Silent()
+    assert list(arrivals(grid, ["a"], timeout_s=0.05, pullers=1, clock=lambda: 0.0, sleep=lambda _: None)) == []
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
