@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,8 +57,8 @@ def baselines(
 @app.command()
 def robustness(
     overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides of the study's experiment")] = None,
-    rules: Annotated[str, typer.Option(help="comma-separated; all: every rule")] = "all",
-    attacks: Annotated[str, typer.Option(help="comma-separated; all: every attack")] = "all",
+    rules: Annotated[str, typer.Option(help="comma-separated; default: seven; all: every rule")] = "default",
+    attacks: Annotated[str, typer.Option(help="comma-separated; default: five; all: every attack")] = "default",
     fractions: Annotated[str, typer.Option(help="shares of attackers, comma-separated")] = "0.2",
     out: Annotated[Path, typer.Option(help="results; a study that was stopped goes on there")] = Path(
         "runs/robustness"
@@ -74,13 +75,21 @@ def robustness(
     console = Console(highlight=False)
     quiet_libraries()
     from simulations.attacks import ATTACKS
-    from simulations.study_robustness import RULES, cells_of, plot_results, run_robustness, study_experiment
+    from simulations.study_robustness import (
+        DEFAULT_ATTACKS,
+        DEFAULT_RULES,
+        RULES,
+        cells_of,
+        plot_results,
+        run_robustness,
+        study_experiment,
+    )
 
     experiment = study_experiment(overrides or [])
     cells = list(
         cells_of(
-            list(RULES) if rules == "all" else rules.split(","),
-            list(ATTACKS) if attacks == "all" else attacks.split(","),
+            _named(rules, DEFAULT_RULES, RULES),
+            _named(attacks, DEFAULT_ATTACKS, ATTACKS),
             _shares(fractions),
         )
     )
@@ -95,6 +104,10 @@ def robustness(
     console.print(robustness_table(results))
     console.print(f"table    {out / 'results.csv'}", soft_wrap=True)
     console.print(f"picture  {plot_results(results, out / 'results.png')}", soft_wrap=True)
+
+
+def _named(text: str, usual: Iterable[str], known: Iterable[str]) -> list[str]:
+    return list({"default": usual, "all": known}.get(text, text.split(",")))
 
 
 def _shares(text: str) -> list[float]:

@@ -10,28 +10,32 @@ import io
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from conf.compose import compose_experiment, parse_experiment
 from conf.schema import robust as schema
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import collate, tokenize_rows
-from finetuning.checkpoints import load_tensors, write_atomically
+from finetuning.checkpoints import write_atomically
 from finetuning.datasets import Row
 from finetuning.models import load_base
-from protocol.errors import CloisterError, ConfigError
+from protocol.errors import ConfigError
 from simulations.attacks import AttackedPopulation, attack_named, triggered
 from simulations.population import Population, build_population
 from simulations.simulate import simulate
 
 __all__ = [
+    "DEFAULT_ATTACKS",
+    "DEFAULT_RULES",
     "RULES",
     "Cell",
     "Result",
@@ -48,12 +52,11 @@ _DEFAULTS = (
     "privacy=none",
     "data.partition={kind:iid,sites:11}",
     "data.max_length=80",
-    "data.max_records=2200",
-    "federation.rounds=4",
-    "federation.local.steps=2",
-    "federation.local.expected_batch_size=6",
+    "federation.rounds=5",
+    "federation.local.steps=3",
+    "federation.local.expected_batch_size=8",
     "federation.local.optimizer={kind:adamw,learning_rate:0.008}",
-    "evaluation.every=4",
+    "evaluation.every=5",
     "evaluation.max_examples=120",
     "logging.keep_checkpoints=1",
     "logging.progress=none",
@@ -78,7 +81,18 @@ RULES: dict[str, Callable[[int], schema.Robust]] = {
 }
 """From the number of attackers that a rule is told to the rule."""
 _RADIUS = 1.5
-"""About the length of an honest update at the study's settings."""
+"""Below the length of an honest update at the study's settings, so that a bound does bind."""
+DEFAULT_RULES = (
+    "mean",
+    "norm_bound",
+    "median",
+    "trimmed_mean",
+    "multi_krum",
+    "geometric_median",
+    "centered_clipping",
+)
+DEFAULT_ATTACKS = ("sign_flip", "label_flip", "backdoor", "a_little_is_enough", "inner_product")
+"""Some ten minutes on two cores together with `DEFAULT_RULES`."""
 
 
 @dataclass(frozen=True)
@@ -182,25 +196,17 @@ def _run_cell(experiment_json: str, cell: Cell, path: Path) -> Result:
     guarded = attackers or max(round(0.2 * sites), 1)
     # What a stop left half done is no result.
     shutil.rmtree(folder, ignore_errors=True)
-    empty = Result(*_names(cell), attackers, sites, "", None, None, "", experiment.digest)
+    nothing = Result(cell.rule, cell.attack, cell.fraction, attackers, sites, "", None, None, "", experiment.digest)
     try:
         ruled = _with_rule(experiment, RULES[cell.rule](guarded))
-        attacked = AttackedPopulation(
-            population.parts, population.heldout, attack_named(cell.attack), attackers, experiment.seed
-        )
-        final = simulate(ruled, folder, (), attacked).summary["final"]
-        success = backdoor_success(ruled, folder, population.heldout)
-    except (CloisterError, ValueError) as error:
-        return Result(*_names(cell), attackers, sites, "", None, None, " ".join(str(error).split()), experiment.digest)
-    return Result(**{**asdict(empty), **_measured(final, success)})
-
-
-def _names(cell: Cell) -> tuple[str, str, float]:
-    return cell.rule, cell.attack, cell.fraction
-
-
-def _measured(final: Any, success: float | None) -> dict[str, Any]:
-    return {"metric": final["metric"], "quality": float(final["value"]), "backdoor_success": success}
+    except ValidationError as error:  # more attackers than the rule withstands among these sites
+        return replace(nothing, refused=str(error.errors()[0]["msg"]).removeprefix("Value error, "))
+    attacked = AttackedPopulation(
+        population.parts, population.heldout, attack_named(cell.attack), attackers, experiment.seed
+    )
+    final = simulate(ruled, folder, (), attacked).summary["final"]
+    success = backdoor_success(ruled, folder, population.heldout)
+    return replace(nothing, metric=final["metric"], quality=float(final["value"]), backdoor_success=success)
 
 
 def _with_rule(experiment: Experiment, rule: schema.Robust) -> Experiment:
@@ -226,8 +232,7 @@ def backdoor_success(experiment: Experiment, run: Path, heldout: Sequence[Row]) 
     """
     base = load_base(experiment.model, experiment.task, experiment.runtime.device)
     adapted = attach(base, experiment.peft, experiment.task)
-    newest = sorted((run / "checkpoints").glob("round-*.safetensors"))[-1]
-    adapted.load(load_tensors(newest)[0])
+    adapted.load(load_file(run / "adapter" / "adapter_model.safetensors"))
     rows = triggered(heldout[:_TRIGGERED], experiment.data.columns)
     examples = tokenize_rows(
         rows,
