@@ -82,7 +82,7 @@ def run(path: Path, *overrides: str, caps: dict[str, int] | None = None, stated:
     """Run the federation, some sites with a cap on their steps or a lie about them, and return the run directory."""
     experiment = compose_experiment(overrides)
     sites = {
-        name: Site(_file(experiment, name, path, (caps or {}).get(name)), rows=_rows(name))
+        name: Site(_file(experiment, name, path, (caps or {}).get(name)), rows=_rows(name), simulated=True)
         for name in population().parts
     }
     nodes: list[Any] = [
