@@ -17,11 +17,11 @@ _KEPT = 3
 
 
 class SiteMemory:
-    """The memory of one run, below a site's state directory."""
+    """The memory of one run, below a site's state directory; kinds do not see each other."""
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: str, kind: str = "memory") -> None:
         # A run's name comes from the server: as a digest it cannot lead anywhere else.
-        self._folder = folder / "memory" / hashlib.sha256(run.encode()).hexdigest()[:32]
+        self._folder = folder / kind / hashlib.sha256(run.encode()).hexdigest()[:32]
 
     def before(self, round_number: int) -> NamedTensors:
         """Return what the newest round before `round_number` left; empty when there is none."""

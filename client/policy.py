@@ -85,7 +85,7 @@ def _check_work(plan: ClientPlan, policy: SitePolicy) -> None:
             raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
     if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
         raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
-    codec = getattr(getattr(plan, "quantization", None), "kind", "none")
+    codec = plan.quantization.kind
     if policy.quantization is not None and codec not in (*policy.quantization, "none"):
         raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
 

@@ -1,4 +1,4 @@
-"""One round at a site, in reading order: policy, reserve, train, difference, commit, clip, reply."""
+"""One round at a site, in reading order: policy, reserve, train, difference, commit, clip, encode, reply."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from client.policy import check_cost, check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
 from client.whole_site import WholeSite
+from client.wire import outgoing, received
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from privacy.accounting import RENYI, epsilon_of
-from privacy.client_level import clip_update
 from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
+from protocol.codecs.build import sends_changes
 from protocol.errors import BudgetExceeded, LedgerUnusable, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
 from protocol.refusals import sentence
-from protocol.tensors import NamedTensors, digest, layout_of, verify
+from protocol.tensors import digest, layout_of, verify
 from strategies.base import LocalRound, LocalStart, Strategy
 from strategies.build import build_strategy
 
@@ -96,11 +95,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     state.record_diagnostics(header.round, trained.private_facts)
     if strategy.has_memory:
         state.memory(plan.run).keep(header.round, trained.memory)
-    update, below_clip = trained.update, None
-    if header.clip_norm is not None:  # client-level: the last step on real values
-        update, below_clip = _clipped(update, header.clip_norm)
+    leaving, below_clip = outgoing(trained.update, header, work.file.name, state.left_out(plan.run))
     if whole_site is not None:
-        whole_site.commit(digest(update))
+        whole_site.commit(digest(leaving))
 
     return Reply(
         ReplyHeader(
@@ -114,7 +111,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
             metrics=_released(trained, job),
             below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
         ),
-        update,
+        leaving,
     )
 
 
@@ -143,15 +140,6 @@ def _booked(job: TrainingJob, ledger: Ledger, secret: bytes) -> Trained:
         trained = train(job, job.stream(secret, reservation.attempt))
         ledger.commit(reservation, trained.digest)
     return trained
-
-
-def _clipped(update: NamedTensors, clip_norm: float) -> tuple[NamedTensors, bool]:
-    """Return the clipped update; zeros for one that is not finite, because a refusal would tell that it was not."""
-    try:
-        return clip_update(update, clip_norm)
-    except PrivacyError as error:
-        _log.warning("zeros are sent in place of the update: %s", error)
-        return {name: torch.zeros_like(tensor) for name, tensor in update.items()}, True
 
 
 def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
@@ -190,16 +178,20 @@ def _local_round(instruction: Instruction, adapted: AdaptedModel, strategy: Stra
         )
     initial = adapted.initial(plan.adapter_seed)
     sent = strategy.downloaded(adapted.names, number)
-    received = {name: tensor for name, tensor in instruction.tensors.items() if name in adapted.names}
-    extras = {name: tensor for name, tensor in instruction.tensors.items() if name not in adapted.names}
+    references = state.references(plan.run)
     try:
-        verify(received, {name: shape for name, shape in layout_of(initial).items() if name in sent})
+        tensors = received(instruction, references)
+        own = {name: tensor for name, tensor in tensors.items() if name in adapted.names}
+        extras = {name: tensor for name, tensor in tensors.items() if name not in adapted.names}
+        verify(own, {name: shape for name, shape in layout_of(initial).items() if name in sent})
         strategy.client.verify_extras(extras, initial)
     except ReplyRejected as problem:
         raise SiteRefusal(problem.code, f"the adapter sent by the server is unusable: {problem}") from problem
-    adapter = initial | received
+    adapter = initial | own
     if digest(adapter | extras) != header.adapter_digest:
         raise SiteRefusal("adapter_digest", "the adapter does not match its digest; server and site differ in version")
+    if sends_changes(plan.quantization):
+        references.keep(number, own)
     return strategy.client.begin(
         LocalStart(
             adapter=adapter,

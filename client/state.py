@@ -74,8 +74,16 @@ class SiteState:
         return self._site_ledger
 
     def memory(self, run: str) -> SiteMemory:
-        """Return what this site keeps from round to round of a run."""
+        """Return what the strategy keeps from round to round of a run."""
         return SiteMemory(self._folder, run)
+
+    def left_out(self, run: str) -> SiteMemory:
+        """Return what the codec left out of a run's updates."""
+        return SiteMemory(self._folder, run, "left_out")
+
+    def references(self, run: str) -> SiteMemory:
+        """Return the adapters received in a run, which a server may send changes of."""
+        return SiteMemory(self._folder, run, "references")
 
     def spent(self) -> float:
         """Return the ε of everything booked for the data set of the last round; 0 before the first."""

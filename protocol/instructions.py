@@ -20,6 +20,7 @@ from conf.schema.model import LoRA, Model
 from conf.schema.privacy import ClientLevel, Privacy
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
+from conf.schema.wire import NoQuantization, Quantization
 from protocol.errors import ReplyRejected, SiteRefusal
 from protocol.tensors import NamedTensors
 
@@ -58,6 +59,7 @@ class ClientPlan(Frozen):
     peft: LoRA
     task: Task
     local: LocalTraining
+    quantization: Quantization = NoQuantization()
 
     @property
     def digest(self) -> str:
@@ -77,6 +79,7 @@ def client_plan(experiment: Experiment, run: str) -> ClientPlan:
         peft=experiment.peft,
         task=experiment.task,
         local=experiment.federation.local,
+        quantization=experiment.quantization,
     )
 
 
@@ -102,6 +105,9 @@ class InstructionHeader(Frozen):
     base_digest: str
     adapter_digest: str = Field(description="of the whole adapter, also of tensors that the site derives itself")
     clip_norm: float | None = Field(default=None, gt=0, description="client-level: L2 bound on this round's update")
+    reference_digest: str | None = Field(
+        default=None, description="of tensors the site received before; what is sent is their encoded change"
+    )
     unused_rounds: tuple[int, ...] = Field(
         default=(), description="earlier rounds of this run whose update from this site came too late or was rejected"
     )
@@ -162,7 +168,7 @@ class ReplyHeader(Frozen):
 
 @dataclass(frozen=True)
 class Reply:
-    """A header, and the update: trained minus received, for the tensors that the strategy trains."""
+    """A header, and the update: trained minus received, for the tensors that the strategy trains, as encoded."""
 
     header: ReplyHeader
     tensors: NamedTensors = field(default_factory=dict)

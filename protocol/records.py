@@ -32,6 +32,8 @@ __all__ = [
 
 _HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
 _NPY = "numpy.ndarray"
+_FORMATS = {"float32": "<f4", "uint8": "|u1"}
+"""Tensors, and the bytes of encoded ones (`protocol/codecs/`)."""
 
 
 def instruction_to_record(instruction: Instruction) -> RecordDict:
@@ -108,18 +110,23 @@ def _tensors(record: RecordDict) -> dict[str, torch.Tensor]:
 
 
 def _decoded(name: str, array: Array) -> np.ndarray:
-    """Return the float32 array, after comparing its header with the only one that its declared shape can have.
+    """Return the float32 or uint8 array, after comparing its header with the only one that its declared shape can have.
 
     The header is compared, not parsed: what a stranger wrote there is never interpreted.
     """
     if array.stype != _NPY:
         raise ReplyRejected("malformed_reply", f"{name} is serialized as {array.stype!r}, expected {_NPY!r}")
     shape = tuple(array.shape)
-    if array.dtype != "float32" or not all(type(size) is int and size >= 0 for size in shape):
-        raise ReplyRejected("malformed_reply", f"{name} is declared as {array.dtype} {shape}, expected float32")
+    descr = _FORMATS.get(array.dtype)
+    if descr is None or not all(type(size) is int and size >= 0 for size in shape):
+        raise ReplyRejected(
+            "malformed_reply", f"{name} is declared as {array.dtype} {shape}, expected float32 or uint8"
+        )
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
     start = header.tell()
-    if not array.data.startswith(header.getvalue()) or len(array.data) - start != 4 * math.prod(shape):
-        raise ReplyRejected("malformed_reply", f"{name} declares float32 {shape}; its payload disagrees")
-    return np.frombuffer(array.data, dtype="<f4", offset=start).reshape(shape).copy()
+    if not array.data.startswith(header.getvalue()) or len(array.data) - start != np.dtype(descr).itemsize * math.prod(
+        shape
+    ):
+        raise ReplyRejected("malformed_reply", f"{name} declares {array.dtype} {shape}; its payload disagrees")
+    return np.frombuffer(array.data, dtype=descr, offset=start).reshape(shape).copy()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from conf.schema.privacy import adaptive_clipping
 from privacy.client_level import update_norm
+from protocol.codecs.base import WireContext, value_count
+from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instruction_to_record, payload_bytes, record_to_reply
-from protocol.tensors import Layout, NamedTensors, verify
+from protocol.tensors import Layout, NamedTensors
 from server.arrivals import arrivals
 from server.cohort import Member
 from server.events import SiteReplied
@@ -31,6 +33,8 @@ class Assignment:
 
     instruction: Instruction
     expected: Layout
+    start: NamedTensors
+    """What the site is sent, decoded."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def collect(
         outcome, reply, refused = _judged(message, site, assignment.instruction, assignment.expected, bytes_down)
         if reply is not None:
             folding = clock()
-            accept(site, reply, assignment.instruction.tensors)
+            accept(site, reply, assignment.start)
             aggregating += clock() - folding
         elif not refused:
             unused.append(site)
@@ -122,7 +126,7 @@ def _judged(
         reply = record_to_reply(message.content)
         # The update was seen, so what it cost counts, whether or not it is used.
         stated, refused = reply.header.privacy, reply.header.status == "refused"
-        _verify(reply, site, instruction, expected)
+        reply = _verified(reply, site, instruction, expected)
     except ReplyRejected as problem:
         return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
     header = reply.header
@@ -130,7 +134,8 @@ def _judged(
     return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply, False
 
 
-def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout) -> None:
+def _verified(reply: Reply, site: str, instruction: Instruction, expected: Layout) -> Reply:
+    """Return the reply with its update decoded."""
     header, asked = reply.header, instruction.header
     if header.status == "refused":
         raise ReplyRejected(header.code or "refused", header.reason or "the site gave no reason")
@@ -143,16 +148,21 @@ def _verify(reply: Reply, site: str, instruction: Instruction, expected: Layout)
     ):
         if given != wanted:
             raise ReplyRejected(f"wrong_{name}", f"the reply answers {name}={given!r}, asked was {wanted!r}")
-    verify(reply.tensors, expected)
+    codec = build_codec(asked.plan.quantization)
+    context = WireContext(asked.plan.run, asked.round, site, "up")
+    decoded = replace(reply, tensors=codec.decode(reply.tensors, expected, context))
     if asked.clip_norm is not None:
-        _verify_clipped(reply, asked.clip_norm, adaptive_clipping(asked.plan.privacy))
+        # What decoding adds to a norm is no fault of the site; the sum takes it off again (`ClippedSum`).
+        bound = asked.clip_norm * codec.norm_inflation(value_count(expected))
+        _verify_clipped(decoded, bound, adaptive_clipping(asked.plan.privacy))
+    return decoded
 
 
-def _verify_clipped(reply: Reply, clip_norm: float, adaptive: bool) -> None:
+def _verify_clipped(reply: Reply, bound: float, adaptive: bool) -> None:
     norm = update_norm(reply.tensors)
-    if norm > clip_norm * (1 + _ROUNDING):
+    if norm > bound * (1 + _ROUNDING):
         raise ReplyRejected(
-            "norm_above_clip", f"the update has norm {norm:.6g}, the site was to clip it to {clip_norm:.6g}"
+            "norm_above_clip", f"the update has norm {norm:.6g}, the site was to clip it to {bound:.6g}"
         )
     if adaptive and reply.header.below_clip is None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")

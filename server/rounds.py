@@ -9,17 +9,18 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
 from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
-from protocol.instructions import ClientPlan, Instruction, InstructionHeader, client_plan
+from protocol.instructions import ClientPlan, Instruction, InstructionHeader, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
 from server.checkpoint import Checkpoint
 from server.cohort import Member, enroll
 from server.collect import Assignment, Collected, collect
+from server.downlink import Downlink, downlink_for
 from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
@@ -47,6 +48,7 @@ class _Run:
     base_digest: str
     strategy: Strategy
     protection: Protection
+    downlink: Downlink
     members: tuple[Member, ...]
     timeout_s: float
     pullers: int
@@ -89,7 +91,8 @@ def run_federation(
     members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, members, timeout_s, pullers)
+    downlink = downlink_for(experiment.quantization, directory.run)
+    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, downlink, members, timeout_s, pullers)
     observe = protection.observer(observe)
     with closing(protection):
         names = tuple(member.site for member in members)
@@ -127,12 +130,16 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    assignments = _assignments(run, round_number, progress, cohort)
+    adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(frozenset(adapter), round_number), round_number)
+    assignments = _assignments(run, round_number, replace(progress, adapter=adapter), cohort)
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
-    collected = collect(
-        grid, assignments, cohort, protection.fold, observe, timeout_s=run.timeout_s, pullers=run.pullers
-    )
+
+    def accept(site: str, reply: Reply, start: NamedTensors) -> None:
+        protection.fold(site, reply, start)
+        run.downlink.confirmed(site)
+
+    collected = collect(grid, assignments, cohort, accept, observe, timeout_s=run.timeout_s, pullers=run.pullers)
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
@@ -178,10 +185,17 @@ def _still_unused(
 def _assignments(
     run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
-    """Return each site's work; sites of one rank that are told the same share it."""
+    """Return each site's work; sites of one rank that are told the same, in full or as a change, share it."""
     asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
     by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
-    return {site: by_kind[kind] for site, kind in asked.items()}
+    short = {kind: _shortened(run, assignment) for kind, assignment in by_kind.items()}
+    holds = run.downlink.holds_last
+    return {site: (short if holds(site) else by_kind)[kind] for site, kind in asked.items()}
+
+
+def _shortened(run: _Run, full: Assignment) -> Assignment:
+    instruction = run.downlink.shortened(full.instruction)
+    return full if instruction is None else replace(full, instruction=instruction)
 
 
 def _assignment(
@@ -202,7 +216,7 @@ def _assignment(
         unused_rounds=unused,
         release=run.protection.claim,
     )
-    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start))
+    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start), sent)
 
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:

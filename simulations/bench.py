@@ -79,9 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     figures = measure_all(options.quick)
     _print_table(figures)
+    from simulations.bench_codecs import print_table
     from simulations.bench_privacy import CASES, QUICK, print_tables
 
     print_tables(cases=QUICK if options.quick else CASES)
+    print_table(options.quick)
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False))
 

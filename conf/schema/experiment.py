@@ -15,7 +15,7 @@ from conf.schema.privacy import Privacy
 from conf.schema.rules import broken_rules
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
-from conf.schema.wire import NoQuantization, NoSecureAggregation
+from conf.schema.wire import NoQuantization, NoSecureAggregation, Quantization
 
 __all__ = ["SCHEMA_VERSION", "Experiment"]
 
@@ -32,7 +32,7 @@ class Experiment(Frozen):
     strategy: Strategy
     privacy: Privacy
     secagg: NoSecureAggregation = NoSecureAggregation()
-    quantization: NoQuantization = NoQuantization()
+    quantization: Quantization = NoQuantization()
     model: Model
     peft: LoRA
     data: DataConfig

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
+from conf.schema.wire import NF4, Lattice, SignSGD, TopK
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -185,6 +186,71 @@ def users_need_a_column(experiment: Experiment) -> str | None:
     return "privacy=user_level needs data.user_column, the column that names the person a record is about; it is null"
 
 
+def lattice_needs_a_sum(experiment: Experiment) -> str | None:
+    """Integers of a lattice are there to be added: a strategy that reads single updates has no use for them."""
+    strategy = experiment.strategy.kind
+    if not isinstance(experiment.quantization, Lattice) or strategy in LINEAR_STRATEGIES:
+        return None
+    return (
+        f"quantization=lattice needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not {strategy}; "
+        "use quantization=eden"
+    )
+
+
+def lattice_holds_the_cohort(experiment: Experiment) -> str | None:
+    """A sum of more updates than a lattice is made for wraps around, and each needs at least one level."""
+    lattice = experiment.quantization
+    if not isinstance(lattice, Lattice):
+        return None
+    most = 2 ** (lattice.bits - 1) - 1
+    if lattice.max_summands > most:
+        return (
+            f"quantization.max_summands={lattice.max_summands} is above {most}, what quantization.bits={lattice.bits} "
+            "can hold; use more bits, or fewer summands"
+        )
+    population = simulated_population(experiment)
+    # A Poisson cohort may be as large as the population.
+    poisson = experiment.federation.cohort_sampling == "poisson"
+    cohort = population if poisson else experiment.federation.cohort_size or population
+    if cohort is None or cohort <= lattice.max_summands:
+        return None
+    return (
+        f"quantization.max_summands={lattice.max_summands} is below the cohort of {cohort} sites, whose sum would wrap "
+        f"around; use {cohort} or more"
+    )
+
+
+def lattice_clips_as_privacy_does(experiment: Experiment) -> str | None:
+    """A lattice clips to its own norm, in public; under client-level privacy it is the norm that the noise is for."""
+    lattice, privacy = experiment.quantization, experiment.privacy
+    if not isinstance(lattice, Lattice) or not isinstance(privacy, ClientLevel):
+        return None
+    if adaptive_clipping(privacy):
+        return (
+            "quantization=lattice has one step for all rounds, and privacy.clipping.kind=adaptive moves the clip norm; "
+            "use clipping.kind=fixed, or quantization=eden"
+        )
+    if lattice.norm_bound == privacy.clip_norm:
+        return None
+    return (
+        f"quantization.norm_bound={lattice.norm_bound} is not privacy.clip_norm={privacy.clip_norm}; set "
+        f"quantization.norm_bound={privacy.clip_norm}"
+    )
+
+
+def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
+    """What a change of the adapter left out can be added later only while factors keep their meaning."""
+    quantization, strategy = experiment.quantization, experiment.strategy.kind
+    if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
+        return None
+    if quantization.downlink == "none" or strategy in LINEAR_STRATEGIES:
+        return None
+    return (
+        f"quantization.downlink=same with error feedback needs a strategy that sums updates, not {strategy}, which "
+        "makes new factors; use quantization.downlink=none, or quantization=eden"
+    )
+
+
 def simulated_population(experiment: Experiment) -> int | None:
     """Return the number of simulated sites where the configuration alone fixes it, else None."""
     partition = experiment.data.partition
@@ -206,6 +272,10 @@ RULES: tuple[Rule, ...] = (
     Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
     Rule(bands_within_separation, frozenset({"privacy"})),
     Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
+    Rule(lattice_needs_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(lattice_holds_the_cohort, frozenset({"quantization", "federation", "data"})),
+    Rule(lattice_clips_as_privacy_does, frozenset({"quantization", "privacy"})),
+    Rule(fed_back_changes_need_a_sum, frozenset({"quantization", "strategy"})),
 )
 
 
@@ -242,6 +312,19 @@ def _both_factors_under_noise(experiment: Experiment) -> str | None:
     if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
         return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora is steadier"
     return None
+
+
+def _errors_that_stay(experiment: Experiment) -> str | None:
+    quantization = experiment.quantization
+    lossy = isinstance(quantization, NF4) or (
+        isinstance(quantization, SignSGD | TopK) and not quantization.error_feedback
+    )
+    if not lossy:
+        return None
+    return (
+        f"quantization={quantization.kind} is biased, and nothing feeds its errors back: they do not average out over "
+        "sites; eden has fewer bits and no bias"
+    )
 
 
 def _large_delta(experiment: Experiment) -> str | None:
@@ -285,6 +368,7 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _insecure_seed,
     _high_epsilon,
     _both_factors_under_noise,
+    _errors_that_stay,
     _large_delta,
     _few_whole_sites,
     _correlation_without_rest,

@@ -10,6 +10,7 @@ from conf.compose import CONFIG_DIRECTORY, compose_experiment
 from conf.schema.privacy import Privacy
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
+from conf.schema.wire import Quantization
 
 MEMBERS = sorted(path.relative_to(CONFIG_DIRECTORY) for path in CONFIG_DIRECTORY.glob("*/*.yaml"))
 
@@ -47,7 +48,9 @@ def test_member_says_what_it_is_for(member: Path) -> None:
     assert comment.endswith(".")
 
 
-@pytest.mark.parametrize(("group", "union"), [("strategy", Strategy), ("privacy", Privacy), ("task", Task)])
+@pytest.mark.parametrize(
+    ("group", "union"), [("strategy", Strategy), ("privacy", Privacy), ("task", Task), ("quantization", Quantization)]
+)
 def test_every_variant_has_a_yaml(group: str, union: object) -> None:
     kinds = {variant.model_fields["kind"].default for variant in get_args(get_args(union)[0])}
     stored = {yaml.safe_load(path.read_text())["kind"] for path in (CONFIG_DIRECTORY / group).glob("*.yaml")}

@@ -151,6 +151,7 @@ def test_sites_are_told_no_path_seed_or_population(plan: ClientPlan) -> None:
         "peft",
         "task",
         "local",
+        "quantization",
     }
     assert "directory" not in plan.model_dump_json()
 

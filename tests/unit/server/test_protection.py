@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.rounds import _clipped
+from client.wire import _clipped
 from conf.compose import compose_experiment
 from protocol.errors import PrivacyError, SiteRefusal
 from protocol.instructions import InstructionHeader, SiteCard, client_plan, decode_instruction
