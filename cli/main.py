@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import config, data, doctor, ledger, plan, simulate, site, study
+from cli import config, data, doctor, ledger, plan, run, runs, server, simulate, site, study
 
 __all__ = ["app", "main"]
 
@@ -23,6 +23,11 @@ app.command("simulate")(simulate.simulate_command)
 app.command("plan")(plan.plan_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("config")(config.config_command)
+app.command("run")(run.run_command)
+app.command("runs")(runs.runs_command)
+app.command("logs")(runs.logs_command)
+app.command("stop")(runs.stop_command)
+app.add_typer(server.app, name="server")
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-import sysconfig
 import tempfile
 from pathlib import Path
 
+from protocol.bundle import bundle_text
 from protocol.errors import ConfigError
 
 __all__ = ["BUNDLES_FILE", "allow_bundle", "allowed_bundles", "bundle_digest", "own_bundle_digest"]
@@ -27,26 +26,14 @@ def bundle_digest(content: bytes) -> str:
 
 
 def own_bundle_digest() -> str:
-    """Return the digest of the bundle that `flwr build` makes of this release.
-
-    Raises:
-        ConfigError: the project's `pyproject.toml` is neither beside the packages nor where a wheel puts it.
-    """
+    """Return the digest of the bundle that `cloister run` of this release sends."""
     from flwr.cli.build import build_fab_from_disk
 
-    installed = Path(sysconfig.get_path("data")) / "share" / "cloister" / "pyproject.toml"
-    for project in (Path(__file__).resolve().parents[1] / "pyproject.toml", installed):
-        if not project.is_file():
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "cloister"  # Flower wants the folder to bear the project's name
-            folder.mkdir()
-            shutil.copyfile(project, folder / "pyproject.toml")
-            return bundle_digest(build_fab_from_disk(folder))
-    raise ConfigError(
-        "this installation lacks the project's pyproject.toml, so its bundle's digest is unknown; take it from the "
-        "release notes: cloister site allow-bundle DIGEST"
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "cloister"  # Flower wants the folder to bear the project's name
+        folder.mkdir()
+        (folder / "pyproject.toml").write_text(bundle_text())
+        return bundle_digest(build_fab_from_disk(folder))
 
 
 def allowed_bundles(path: Path) -> frozenset[str]:

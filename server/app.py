@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,20 +119,24 @@ def launch_from_context(context: Context) -> Launch:
     """Return the launch that Flower's run config describes: `experiment` (JSON), `overrides` as on the command line, or
     `resume`, the name of an interrupted run in this server's `runs` folder.
 
+    `digest` is the SHA-256 of `experiment`, `run` names the run directory; both are optional.
+
     Raises:
-        ConfigError: naming every problem.
+        ConfigError: naming every problem; the experiment does not have its digest, or `run` is no plain name.
     """
     from conf.compose import compose_experiment, parse_experiment
 
-    stored, overrides, resumed = (str(context.run_config.get(key, "")) for key in ("experiment", "overrides", "resume"))
+    given = {key: str(value) for key, value in context.run_config.items()}
+    stored, resumed = given.get("experiment", ""), given.get("resume", "")
+    _check_digest(stored, given.get("digest", ""))
     home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
     runs = home / "runs"
     if resumed:
         path = interrupted_run(runs, resumed)
         experiment = parse_experiment((path / "config.json").read_bytes())
     else:
-        experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(overrides))
-        path = new_run_path(experiment, runs, datetime.now(UTC))
+        experiment = parse_experiment(stored) if stored else compose_experiment(shlex.split(given.get("overrides", "")))
+        path = _named_run_path(given.get("run", ""), runs) or new_run_path(experiment, runs, datetime.now(UTC))
     _log_to_terminal()
     _log.info("run directory: %s", path)
     books = ServerBooks(home / "server", experiment.federation.server_budget)
@@ -148,6 +154,21 @@ def interrupted_run(runs: Path, name: str) -> Path:
         known = ", ".join(sorted(each.parent.name for each in runs.glob("*/config.json"))[-5:]) or "none"
         raise ConfigError(f"there is no run {name!r} to resume in {runs}; the newest there: {known}")
     return path
+
+
+def _check_digest(stored: str, digest: str) -> None:
+    found = hashlib.sha256(stored.encode()).hexdigest()
+    if digest and digest != found:
+        raise ConfigError(
+            f"the experiment that arrived has SHA-256 {found[:12]}, the one that was submitted {digest[:12]}; "
+            "submit it again with cloister run"
+        )
+
+
+def _named_run_path(run: str, parent: Path) -> Path | None:
+    if run and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", run):
+        raise ConfigError(f"run={run!r} is no plain name of a run directory; use letters, digits, . _ -")
+    return parent / run if run else None
 
 
 def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:

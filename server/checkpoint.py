@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 
 from finetuning.checkpoints import load_tensors, save_tensors
 from protocol.tensors import NamedTensors
+from server.downlink import Sent
 from strategies.base import ServerState
 
 __all__ = ["Checkpoint", "load_newest", "save_checkpoint"]
 
 _log = logging.getLogger(__name__)
-_ADAPTER, _STATE = "adapter/", "state/"
+_ADAPTER, _STATE, _SENT, _LEFT = "adapter/", "state/", "sent/", "left/"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Checkpoint:
     """The sites of the run: cohorts are drawn from these."""
     protection: Mapping[str, float] = field(default_factory=dict)
     """What the server's own privacy mechanism carries on, beside its ledger and its keys."""
+    sent: Sent = field(default_factory=Sent)
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Rounds whose update was not used and whose site has not been told yet, by site."""
 
@@ -45,10 +47,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, run: str, config_di
         "members": checkpoint.members,
         "numbers": dict(checkpoint.state.numbers),
         "protection": checkpoint.protection,
+        "confirmed": checkpoint.sent.confirmed,
         "unused": checkpoint.unused,
     }
-    tensors = {_ADAPTER + name: tensor for name, tensor in checkpoint.adapter.items()}
-    tensors |= {_STATE + name: tensor for name, tensor in checkpoint.state.tensors.items()}
+    parts = {
+        _ADAPTER: checkpoint.adapter,
+        _STATE: checkpoint.state.tensors,
+        _SENT: checkpoint.sent.adapter,
+        _LEFT: checkpoint.sent.left,
+    }
+    tensors = {prefix + name: tensor.clone() for prefix, part in parts.items() for name, tensor in part.items()}
     path = folder / f"round-{checkpoint.round:05d}.safetensors"
     save_tensors(path, tensors, {"cloister": json.dumps(facts, sort_keys=True)})
     return path
@@ -75,6 +83,7 @@ def load_newest(folder: Path, *, run: str, config_digest: str, base_digest: str)
                 state=ServerState(_part(tensors, _STATE), facts["numbers"]),
                 members=tuple(facts["members"]),
                 protection=facts["protection"],
+                sent=Sent(_part(tensors, _SENT), _part(tensors, _LEFT), tuple(facts["confirmed"])),
                 unused={site: tuple(rounds) for site, rounds in facts["unused"].items()},
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +15,19 @@ from protocol.codecs.feedback import compensated, residual
 from protocol.instructions import Instruction
 from protocol.tensors import NamedTensors, add, digest, layout_of, subtract
 
-__all__ = ["ChangeDownlink", "Downlink", "FullDownlink", "downlink_for"]
+__all__ = ["ChangeDownlink", "Downlink", "FullDownlink", "Sent", "downlink_for"]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What sites hold after a round."""
+
+    adapter: NamedTensors = field(default_factory=dict)
+    """As they decoded it, the tensors that are sent."""
+    left: NamedTensors = field(default_factory=dict)
+    """What the last change left out, with error feedback."""
+    confirmed: tuple[str, ...] = ()
+    """Sites that trained from it."""
 
 
 class Downlink(Protocol):
@@ -35,6 +47,14 @@ class Downlink(Protocol):
 
     def confirmed(self, site: str) -> None:
         """Note that a site trained from this round's adapter."""
+        ...
+
+    def state(self) -> Sent:
+        """Return what the next round's changes start from; stored in the checkpoint."""
+        ...
+
+    def restore(self, sent: Sent) -> None:
+        """Go on from what `state` returned before an interruption."""
         ...
 
 
@@ -59,6 +79,13 @@ class FullDownlink:
 
     def confirmed(self, site: str) -> None:
         """Note nothing."""
+
+    def state(self) -> Sent:
+        """Return nothing."""
+        return Sent()
+
+    def restore(self, sent: Sent) -> None:
+        """Nothing is carried on."""
 
 
 class ChangeDownlink:
@@ -110,6 +137,14 @@ class ChangeDownlink:
     def confirmed(self, site: str) -> None:
         """Note a verified reply: it names the digest of the adapter that it started from."""
         self._confirmed.add(site)
+
+    def state(self) -> Sent:
+        """Return this round's adapter, what its change left out, and who trained from it."""
+        return Sent(self._now, self._left, tuple(sorted(self._confirmed)))
+
+    def restore(self, sent: Sent) -> None:
+        """Take the last round's."""
+        self._now, self._left, self._confirmed = sent.adapter, sent.left, set(sent.confirmed)
 
 
 def _same(sent: torch.Tensor | None, wanted: torch.Tensor) -> bool:

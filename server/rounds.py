@@ -104,6 +104,7 @@ def run_federation(
             )
         else:
             observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
+            downlink.restore(checkpoint.sent)
             protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
             progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
         for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
@@ -169,7 +170,9 @@ def _round(
     )
     unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
     names = tuple(member.site for member in run.members)
-    directory.save_checkpoint(Checkpoint(round_number, adapter, state, names, protection.state(), unused))
+    directory.save_checkpoint(
+        Checkpoint(round_number, adapter, state, names, protection.state(), run.downlink.state(), unused)
+    )
     return _Progress(adapter, state, evaluation, unused)
 
 

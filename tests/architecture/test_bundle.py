@@ -16,6 +16,12 @@ MANIFEST = ".info/CONTENT"
 PLANTED = {
     "data/private_rows.jsonl": '{"text": "patient has"}\n',
     "data/private_rows.json": '[{"text": "patient has"}]\n',
+    "private_rows.jsonl": '{"text": "patient was"}\n',
+    "private_rows.json": '[{"text": "patient was"}]\n',
+    "private_rows.py": "ROWS = ['patient was']\n",
+    "rows.toml": 'text = "patient was"\n',
+    "rows.yml": "text: patient was\n",
+    "LICENSE": "patients may read this\n",
     "data/pyproject.toml": '[project]\nname = "patient"\n',
     "secrets.yaml": "key: hunter2\n",
     "notes.md": "the ward of 3 May\n",
@@ -64,7 +70,13 @@ def test_the_bundle_names_apps_that_it_does_not_hold(bundle: zipfile.ZipFile) ->
     config = tomllib.loads(bundle.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
 
     assert config["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-    assert config["config"] == {"overrides": "data.partition.sites=[harbor,northgate]", "experiment": "", "resume": ""}
+    assert config["config"] == {
+        "overrides": "data.partition.sites=[harbor,northgate]",
+        "experiment": "",
+        "digest": "",
+        "run": "",
+        "resume": "",
+    }
 
 
 def test_both_apps_are_loaded_from_the_installed_package(bundle: zipfile.ZipFile, tmp_path: Path) -> None:

@@ -115,12 +115,12 @@ class FlowerProcesses:
                     started.poll()
 
     def alive(self) -> list[int]:
-        """Return the processes that were given this test's Flower home, whoever started them."""
-        mark = f"FLWR_HOME={self.flower_home}".encode()
+        """Return the processes that were given a home in this test's folder, whoever started them."""
+        mark = f"HOME={self.folder.parent}/".encode()
         found: list[int] = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                if mark in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
         return found
 

@@ -1,29 +1,25 @@
-"""The same two apps on every runtime give the same adapter."""
+"""The same two apps on every runtime give the same adapter. Deployed ones are compared in `organizations`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from conf.compose import compose_experiment
-from conf.schema.data import DataSource
 from conf.schema.experiment import Experiment
 from protocol.errors import ConfigError, FederationError
 from server.app import Launch
-from simulations.population import Population, build_population, site_file
+from simulations.population import build_population
 from simulations.ray_engine import run_on_ray
 from simulations.simulate import simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 
 SITES = ("eastfield", "harbor")
-CLOISTER = (sys.executable, "-c", "from cli.main import main; main()")
 OVERRIDES = (
     "experiment=smoke",
     f"data.partition.sites=[{','.join(SITES)}]",
@@ -34,8 +30,6 @@ OVERRIDES = (
     "privacy.noise_multiplier=1.0",
     "runtime.threads=1",
 )
-
-OPEN = tuple(override for override in OVERRIDES if not override.startswith("privacy."))
 
 
 @pytest.fixture(scope="module")
@@ -119,30 +113,6 @@ def test_flwr_run_on_two_nodes_does_not_train_two_of_four_sites(tmp_path: Path, 
     assert not flower.cloister_home.joinpath("simulated_sites").exists()
 
 
-def test_a_deployment_agrees(tmp_path: Path, flower: Any) -> None:
-    """Without privacy bit by bit; with it the noise is fresh, because a real site makes no noise repeatable."""
-    path, reference = tmp_path / "run", tmp_path / "reference"
-    experiment = compose_experiment((*OPEN, "privacy=none", f"logging.directory={path}"))
-    simulate(compose_experiment((*OPEN, "privacy=none")), reference)
-    private = compose_experiment((*OPEN, f"logging.directory={tmp_path / 'private'}"))
-    seeded = experiment_in(tmp_path / "seeded")
-    address = flower.start_superlink()
-    for name, file in write_site_files(private, build_population(experiment), tmp_path).items():
-        flower.start(f"{name}-site", *CLOISTER, "site", "serve", "--config", str(file))
-        flower.start_supernode(name, address, f'socket="{file.parent / "state" / "run" / "site.sock"}"')
-    flower.flwr_run("deployment", {"experiment": experiment.canonical_json()})
-
-    assert (path / "summary.json").is_file(), flower.logs()
-    assert summary_of(path)["status"] == "finished", flower.logs()
-    assert_same_result(path, reference)
-    flower.flwr_run("private", {"experiment": private.canonical_json()})
-    assert summary_of(tmp_path / "private")["status"] == "finished", flower.logs()
-    flower.flwr_run("seeded", {"experiment": seeded.canonical_json()})
-    refused = summary_of(tmp_path / "seeded")["rounds"][0]["rejected"]
-    assert {reply["code"] for reply in refused} == {"insecure_seed"}, flower.logs()
-    assert all((tmp_path / site / "state" / "ledger.db").is_file() for site in SITES)
-
-
 def test_a_node_without_a_site_takes_no_part(tmp_path: Path, flower: Any) -> None:
     private = tmp_path / "private.jsonl"
     private.write_text('{"prompt": "Patient", "completion": " has nothing to hide."}\n')
@@ -168,18 +138,3 @@ def test_a_node_without_a_site_takes_no_part(tmp_path: Path, flower: Any) -> Non
     assert "this node has no site" in flower.log("node")
     assert "this node has no site" in flower.log("deployment")
     assert not flower.cloister_home.joinpath("simulated_sites").exists()
-
-
-def write_site_files(experiment: Experiment, population: Population, folder: Path) -> dict[str, Path]:
-    """Write each site's records and site file: the same records, budget and policy as in the simulation."""
-    files: dict[str, Path] = {}
-    for name, rows in population.parts.items():
-        own = folder / name
-        own.mkdir()
-        records = own / "records.jsonl"
-        records.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows))
-        file = site_file(experiment, name, len(rows), own / "state")
-        data = file.data.model_copy(update={"source": DataSource(path=str(records))})
-        files[name] = own / "site.yaml"
-        files[name].write_text(yaml.safe_dump(file.model_copy(update={"data": data}).model_dump(mode="json")))
-    return files

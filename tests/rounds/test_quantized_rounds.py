@@ -80,7 +80,8 @@ class Run:
         grid: Any = InProcessGrid(app, [{"partition-id": position} for position in range(len(nodes))])
         serve(grid, Launch(experiment, path / "run", heldout=(), expected_sites=len(nodes)))
         self.summary: dict[str, Any] = json.loads((path / "run" / "summary.json").read_text())
-        self.adapters = [load_tensors(file)[0] for file in sorted((path / "run" / "checkpoints").glob("*.safetensors"))]
+        newest = sorted((path / "run" / "checkpoints").glob("*.safetensors"))[-1]
+        self.final = {name.removeprefix("adapter/"): tensor for name, tensor in load_tensors(newest)[0].items()}
         lines = (path / "run" / "metrics.jsonl").read_text().splitlines()
         self.events: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
@@ -89,7 +90,7 @@ def one_round(path: Path, *overrides: str) -> tuple[torch.Tensor, float]:
     """Return the change that one round makes, and the bytes that a site sent."""
     run = Run(path, "federation.rounds=1", *EVERY_RECORD, *overrides)
     start = next(iter(run.sites.values())).asked[0].tensors
-    final = run.adapters[-1]
+    final = run.final
     change = torch.cat([(final[name] - start[name]).flatten() for name in sorted(start)])
     up = max(event["bytes_up"] for event in run.events if "bytes_up" in event)
     return change.double(), up

@@ -13,6 +13,7 @@ import pytest
 from conf.compose import compose_experiment
 from protocol.errors import ConfigError
 from server.checkpoint import Checkpoint, load_newest, save_checkpoint
+from server.downlink import Sent
 from server.events import RoundStarted, RunResumed, RunStarted, parse_event, surviving
 from server.run_directory import RunDirectory
 from simulations.simulate import simulate
@@ -118,6 +119,24 @@ def test_a_killed_run_goes_on_to_the_same_adapter(point: str, expected: str, tmp
         simulate(experiment, path, resume=True)
 
 
+def test_encoded_changes_go_on_too(tmp_path: Path) -> None:
+    """What sites hold, and what a change left out, is part of what a round leaves."""
+    coded = ("quantization=eden", "quantization.bits=2", "quantization.downlink=same", "federation.cohort_size=null")
+    overrides = (*OVERRIDES, *coded)
+    expected = simulate(compose_experiment(overrides), tmp_path / "undisturbed" / "run").summary
+    path = tmp_path / "run"
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), "while sites train", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert died.returncode == -9, died.stderr[-2000:]
+    resumed = simulate(compose_experiment(overrides), path, resume=True).summary
+    assert resumed["adapter"] == expected["adapter"]
+    assert resumed["bytes"] == expected["bytes"]
+
+
 CLIENT_LEVEL = tuple(each for each in OVERRIDES if "insecure" not in each and "cohort_size" not in each)
 
 
@@ -168,9 +187,11 @@ def test_only_an_interrupted_run_of_the_same_experiment_is_resumed(tmp_path: Pat
 def test_a_damaged_or_foreign_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     same = {"run": "run", "config_digest": "c", "base_digest": "b"}
     for number in (1, 2, 3):
-        made = Checkpoint(number, {}, ServerState(numbers={"n": float(number)}), ("a",), {}, {"a": (number,)})
+        made = Checkpoint(number, {}, ServerState(numbers={"n": float(number)}), ("a",), {}, Sent(), {"a": (number,)})
         save_checkpoint(tmp_path, made, **(same if number < 3 else same | {"base_digest": "other"}))
-    assert load_newest(tmp_path, **same) == Checkpoint(2, {}, ServerState({}, {"n": 2.0}), ("a",), {}, {"a": (2,)})
+    assert load_newest(tmp_path, **same) == Checkpoint(
+        2, {}, ServerState({}, {"n": 2.0}), ("a",), {}, Sent(), {"a": (2,)}
+    )
     assert "round-00003.safetensors is passed over: it has another base_digest" in caplog.text
     (tmp_path / "round-00002.safetensors").write_bytes(os.urandom(100))
     found = load_newest(tmp_path, **same)
