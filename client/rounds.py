@@ -75,6 +75,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
     adapted = work.adapted(plan)
     strategy = build_strategy(plan.strategy)
+    _check_rank(plan, adapted, strategy)
     trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
     state, training = work.state(), _own_training(plan, work.file)
@@ -164,6 +165,7 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     """
     adapted = work.adapted(plan)
     asked, strategy = local_privacy(plan.privacy), build_strategy(plan.strategy)
+    _check_rank(plan, adapted, strategy)
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
     for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
@@ -177,6 +179,15 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
                 f"{budget.epsilon:g} at δ={budget.delta:.3g}; raise the noise or the budget"
             )
     return privacy
+
+
+def _check_rank(plan: ClientPlan, adapted: AdaptedModel, strategy: Strategy) -> None:
+    if adapted.config.rank < plan.peft.rank and not strategy.takes_ranks:
+        raise SiteRefusal(
+            "rank_above_limit",
+            f"the plan's rank {plan.peft.rank} is above this site's max_rank={adapted.config.rank}, and "
+            f"strategy={plan.strategy.kind} cannot combine different ranks",
+        )
 
 
 def _own_training(plan: ClientPlan, file: SiteFile) -> LocalTraining:
@@ -202,7 +213,7 @@ def _local_round(
             f"this site's base has digest {adapted.base.digest[:12]}, the server's {header.base_digest[:12]}; "
             "install the same model files",
         )
-    initial = adapted.initial(plan.adapter_seed)
+    initial = adapted.initial(plan.adapter_seed, plan.peft.rank)
     sent = strategy.downloaded(adapted.names, number)
     references = state.references(plan.run)
     try:

@@ -25,7 +25,7 @@ from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, limit_rows, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
-from protocol.errors import DataError
+from protocol.errors import DataError, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, Reply, SiteCard
 
 __all__ = ["Site", "open_site", "read_site_file"]
@@ -59,8 +59,12 @@ class Site:
 
     def card(self) -> SiteCard:
         """Return what the site says of itself."""
+        file = self.file
         return SiteCard(
-            cloister_version=version("cloister"), site=self.file.name, published_records=self.file.published_records
+            cloister_version=version("cloister"),
+            site=file.name,
+            published_records=file.published_records,
+            max_rank=file.max_rank,
         )
 
     def handle(self, instruction: Instruction) -> Reply:
@@ -96,7 +100,10 @@ class Site:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
         model = plan.model.model_copy(update={"path": self.file.model_path, "revision": None})
         base = load_base(model, self.file.task, self.file.runtime.device)
-        return attach(base, plan.peft, self.file.task)
+        rank = plan.strategy.rank_within(plan.peft.rank, self.file.max_rank)
+        if rank == 0:
+            raise SiteRefusal("rank_above_limit", f"not even a part of the plan fits max_rank={self.file.max_rank}")
+        return attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
 
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         if self._tokenized is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -21,9 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.schema.model import LoRA
 from conf.schema.task import Task
+from finetuning.cores import Cores, check_cores, put_cores, renamed, reset_cores
 from finetuning.models import FrozenBase
+from finetuning.offsets import FrozenOffsets
 from protocol.errors import ModelError
-from protocol.tensors import NamedTensors
+from protocol.offsets import is_offset
+from protocol.tensors import NamedTensors, corner
 
 __all__ = ["AdaptedModel", "attach"]
 
@@ -31,8 +36,8 @@ _log = logging.getLogger(__name__)
 _ADAPTER = "default"
 _HEADS = ("score", "classifier", "classification_head")
 _MAGNITUDE = "lora_magnitude_vector"
-_ATTACHED = "cloister_adapter"
-"""Attribute of a base network that holds its adapter, so that both are freed together."""
+_ATTACHED = "cloister_adapters"
+"""Attribute of a base network that holds its adapters, so that all are freed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +50,9 @@ class AdaptedModel:
     magnitudes: Mapping[str, torch.Tensor]
     """DoRA's initial magnitudes, the column norms of the base weights: PEFT's reset leaves trained ones in place."""
     config: LoRA
+    modules: Mapping[str, nn.Module]
+    """What stands in the base network where adapted layers were, by their names there."""
+    offsets: FrozenOffsets
     checked: dict[Hashable, str | None] = field(default_factory=lambda: dict[Hashable, str | None]())
     """What dry runs of this network found, for as long as the adapter is attached."""
 
@@ -53,16 +61,34 @@ class AdaptedModel:
         """The adapter's tensor names."""
         return frozenset(self.parameters)
 
-    def initial(self, seed: int) -> dict[str, torch.Tensor]:
+    def mount(self) -> None:
+        """Put this adapter's layers into the base network, which several adapters of different ranks may share."""
+        attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(self.base.network, _ATTACHED)
+        for other in attached.values():
+            if other is not self:
+                other.unmount()
+        for name, module in self.modules.items():
+            self.base.network.set_submodule(name, module)
+
+    def unmount(self) -> None:
+        """Put the base's own layers back where this adapter's stand."""
+        for name, module in self.modules.items():
+            if self.base.network.get_submodule(name) is module:
+                self.base.network.set_submodule(name, _original(module))
+
+    def initial(self, seed: int, rank: int | None = None) -> dict[str, torch.Tensor]:
         """Return the adapter that every site starts from: PEFT's own initialization, drawn from `seed`.
 
-        B is zero, so the first function is the base's own. The network's current values are overwritten.
+        B is zero, so the first function is the base's own. The network's current values are overwritten. With `rank`,
+        at least this adapter's own, the factors are cut from those that are drawn at that rank.
         """
+        self.mount()
+        self.offsets.clear()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in self.network.modules():
                 if isinstance(module, LoraLayer):
-                    _reset_on_cpu(module)
+                    _reset_on_cpu(module, rank or self.config.rank)
                 elif isinstance(module, ModulesToSaveWrapper):
                     module.modules_to_save[_ADAPTER].load_state_dict(module.original_module.state_dict())
             for name, magnitude in self.magnitudes.items():
@@ -70,13 +96,14 @@ class AdaptedModel:
         return self.extract()
 
     def load(self, tensors: NamedTensors) -> None:
-        """Copy an adapter into the network.
+        """Copy an adapter into the network, and apply the offsets that came with it.
 
         Raises:
             ModelError: when names or shapes differ from this network's.
         """
-        if tensors.keys() != self.parameters.keys():
-            odd = sorted(tensors.keys() ^ self.parameters.keys())
+        own = {name: tensor for name, tensor in tensors.items() if not is_offset(name)}
+        if own.keys() != self.parameters.keys():
+            odd = sorted(own.keys() ^ self.parameters.keys())
             raise ModelError(f"the adapter does not fit this model: {len(odd)} tensor name(s) differ, first {odd[0]}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -87,6 +114,8 @@ class AdaptedModel:
                     )
                 parameter.copy_(tensors[name])
                 parameter.grad = None
+        self.mount()
+        self.offsets.load({name: tensor for name, tensor in tensors.items() if is_offset(name)})
 
     def extract(self) -> dict[str, torch.Tensor]:
         """Return a copy of the adapter as float32 CPU tensors."""
@@ -100,40 +129,61 @@ class AdaptedModel:
         return {name: parameter for name, parameter in self.parameters.items() if name in names}
 
 
-def attach(base: FrozenBase, config: LoRA, task: Task) -> AdaptedModel:
+def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> AdaptedModel:
     """Return the base with an adapter attached; a second call with the same configuration returns the same object.
+
+    A base keeps adapters that differ in nothing but their rank, one of them mounted: simulated sites of different ranks
+    and the server take turns.
+
+    Args:
+        base: shared by all that train on it.
+        config: the adapter's.
+        task: decides on a head.
+        cores: square cores between the factors of every layer; 0: none.
 
     Raises:
         ModelError: an unknown or unsuitable target module, or a rank above a target layer's size.
     """
-    current: AdaptedModel | None = getattr(base.network, _ATTACHED, None)
-    if current is not None:
-        if current.config == config:
-            return current
-        _detach(current)
-    network = get_peft_model(base.network, _peft_config(base, config, task), adapter_name=_ADAPTER)
+    attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(base.network, _ATTACHED, {})
+    for other in attached.values():
+        other.unmount()
+    base.network.__dict__.pop("peft_config", None)
+    if (config, cores) in attached:
+        attached[config, cores].mount()
+        return attached[config, cores]
+    kept = _but_for_rank(config)
+    attached = {key: each for key, each in attached.items() if _but_for_rank(each.config) == kept}
+    network = get_peft_model(base.network, _peft_config(base, config, task, cores), adapter_name=_ADAPTER)
     _keep_head_in_float32(network)
+    if cores:
+        put_cores(base.network, cores)
     parameters = _named_parameters(network)
     magnitudes = {name: each.detach().clone() for name, each in parameters.items() if _MAGNITUDE in name}
-    adapted = AdaptedModel(base, network, parameters, magnitudes, config)
-    setattr(base.network, _ATTACHED, adapted)
+    modules: dict[str, Any] = {
+        name: module
+        for name, module in base.network.named_modules()
+        if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+    }
+    offsets = FrozenOffsets({f"base_model.model.{n}": m for n, m in modules.items() if isinstance(m, LoraLayer)})
+    adapted = AdaptedModel(base, network, parameters, magnitudes, config, modules, offsets)
+    attached[config, cores] = adapted
+    setattr(base.network, _ATTACHED, attached)
     _log.info(
         "adapter: %d tensors, %d values", len(adapted.parameters), sum(p.numel() for p in adapted.parameters.values())
     )
     return adapted
 
 
-def _detach(adapted: AdaptedModel) -> None:
-    frozen = adapted.base.network
-    delattr(frozen, _ATTACHED)
-    for name, module in list(frozen.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            # PEFT's `unload` would leave the trained head in the base.
-            frozen.set_submodule(name, module.original_module)
-    adapted.network.unload()
+def _but_for_rank(config: LoRA) -> LoRA:
+    return config.model_copy(update={"rank": 1, "alpha": 1.0})
 
 
-def _peft_config(base: FrozenBase, config: LoRA, task: Task) -> LoraConfig:
+def _original(module: nn.Module) -> nn.Module:
+    """Return what stood in the base where an adapter's module stands."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()  # type: ignore[operator]
+
+
+def _peft_config(base: FrozenBase, config: LoRA, task: Task, cores: int) -> LoraConfig:
     network = base.network
     classifies = task.kind == "classification"
     whole = _trained_whole(base) if classifies else []
@@ -142,6 +192,8 @@ def _peft_config(base: FrozenBase, config: LoRA, task: Task) -> LoraConfig:
     modules = dict(network.named_modules())
     for name in targets:
         _check_rank(name, modules[name], config.rank)
+        if cores:
+            check_cores(name, modules[name], config.rank, cores)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it
@@ -232,31 +284,26 @@ def _named_parameters(network: PeftModel) -> dict[str, nn.Parameter]:
     """Map PEFT's state-dict names to the parameters behind them. Both share storage, which is what identifies them."""
     by_storage = {parameter.data_ptr(): parameter for parameter in network.parameters()}
     state = get_peft_model_state_dict(network, adapter_name=_ADAPTER, save_embedding_layers=False)
-    return {name: by_storage[tensor.data_ptr()] for name, tensor in sorted(state.items())}
+    named = {renamed(name): by_storage[tensor.data_ptr()] for name, tensor in state.items()}
+    return dict(sorted(named.items()))
 
 
-def _reset_on_cpu(module: LoraLayer) -> None:
-    """Initialize with the CPU's generator: a GPU's draws other numbers from the same seed."""
-    factors = [
-        getattr(module, group)[_ADAPTER]
-        for group in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-        if _ADAPTER in getattr(module, group, {})
-    ]
-    device = next(iter(_tensors(factors))).device
-    if device.type == "cpu":
-        module.reset_lora_parameters(_ADAPTER, True)
+def _reset_on_cpu(module: LoraLayer, rank: int) -> None:
+    """Initialize as PEFT does, drawn at `rank` by the CPU's generator: a GPU's draws other numbers from the same seed.
+
+    PEFT draws A of a linear layer by Kaiming's rule (a = √5) and B of an embedding from N(0, 1); the others are zero.
+    """
+    layer: Any = module
+    if _ADAPTER in layer.lora_B and isinstance(layer.lora_B[_ADAPTER], Cores):
+        values = nn.init.kaiming_uniform_(torch.empty(rank, layer.lora_A[_ADAPTER].weight.shape[1]), a=math.sqrt(5))
+        layer.lora_A[_ADAPTER].weight.copy_(corner(values, layer.lora_A[_ADAPTER].weight.shape))
+        reset_cores(layer.lora_B[_ADAPTER], rank)
         return
-    for factor in factors:
-        _move(factor, "cpu")
-    module.reset_lora_parameters(_ADAPTER, True)
-    for factor in factors:
-        _move(factor, device)
-
-
-def _tensors(factors: list[nn.Module | nn.Parameter]) -> list[torch.Tensor]:
-    return [tensor for f in factors for tensor in ([f] if isinstance(f, nn.Parameter) else list(f.parameters()))]
-
-
-def _move(factor: nn.Module | nn.Parameter, device: torch.device | str) -> None:
-    for tensor in _tensors([factor]):
-        tensor.data = tensor.data.to(device)
+    if _ADAPTER in layer.lora_A:
+        drawn, zero = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        values = nn.init.kaiming_uniform_(torch.empty(rank, drawn.shape[1]), a=math.sqrt(5))
+    else:
+        drawn, zero = layer.lora_embedding_B[_ADAPTER], layer.lora_embedding_A[_ADAPTER]
+        values = nn.init.normal_(torch.empty(drawn.shape[0], rank))
+    drawn.copy_(corner(values, drawn.shape))
+    zero.zero_()

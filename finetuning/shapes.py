@@ -24,7 +24,7 @@ _DENSE_HEADS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 def trained_values(model: Model, peft: LoRA, strategy: Strategy, task: Task) -> int | None:
-    """Return the number of values that each site trains; None where the checkpoint is not on this machine.
+    """Return the number of values that each site trains in round 1; None where the checkpoint is not on this machine.
 
     Exact for decoders with linear layers of their own (Llama, Qwen, Mistral, Gemma, Phi, GPT-2), and for BERT and
     RoBERTa with a fresh classification head.
@@ -36,11 +36,14 @@ def trained_values(model: Model, peft: LoRA, strategy: Strategy, task: Task) -> 
     if not shapes:
         return None
     config = json.loads((folder / "config.json").read_text())
-    only_b = strategy.kind == "ffa_lora"
     total = _head(config, task)
     for name, (outputs, inputs) in _targets(shapes, config, peft).items():
         # Of an embedding, PEFT's factor of zeros is the one over the vocabulary: `outputs` here, as for a linear layer.
-        total += peft.rank * (outputs if only_b else outputs + inputs)
+        if strategy.cores:
+            # A lone core has no use for a scale of its own.
+            total += peft.rank**2 // strategy.cores + (strategy.cores if strategy.kind == "ravan" else 0)
+        else:
+            total += peft.rank * (outputs + inputs if strategy.trains == "both" else outputs)
         if peft.dora:
             total += inputs if _is_embedding(name) else outputs
     return total

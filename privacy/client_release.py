@@ -10,7 +10,7 @@ import torch
 from privacy.adaptive_clip import next_clip_norm
 from privacy.client_level import ClientLevelPlan, update_norm
 from privacy.randomness import SecureStream
-from protocol.tensors import Layout, NamedTensors
+from protocol.tensors import Layout, NamedTensors, corner
 
 __all__ = ["ClientLevelRelease", "ClippedSum"]
 
@@ -37,7 +37,8 @@ class ClippedSum:
         norm = update_norm(update)
         factor = weight * min(1.0, self._clip_norm / norm) if norm > 0 else weight
         for name, part in self._parts.items():
-            part += update[name].double() * factor
+            # A site of lower rank trains a corner of the factor.
+            corner(part, update[name].shape).add_(update[name].double() * factor)
         if below_clip is not None:
             self._count += 0.5 if below_clip else -0.5
 

@@ -90,6 +90,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "the plan's LoRA rank is above what this site's policy allows",
         "server: a smaller `peft.rank`; site: `policy.max_rank`",
     ),
+    "rank_above_limit": Refusal(
+        "the plan's LoRA rank is above what this site trains, and the strategy cannot combine different ranks",
+        "server: a strategy that takes ranks (docs/strategies.md), or a smaller `peft.rank`; site: `max_rank`",
+    ),
     "round_out_of_plan": Refusal("the round is beyond the rounds of the plan", "a fault of the server; report it"),
     "outside_hours": Refusal(
         "this site works at other hours", "server: try again later, with more `reply_timeout_s`; site: `policy.hours`"

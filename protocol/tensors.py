@@ -10,7 +10,18 @@ import torch
 
 from protocol.errors import ReplyRejected
 
-__all__ = ["Layout", "NamedTensors", "TensorShape", "add", "byte_count", "digest", "layout_of", "subtract", "verify"]
+__all__ = [
+    "Layout",
+    "NamedTensors",
+    "TensorShape",
+    "add",
+    "byte_count",
+    "corner",
+    "digest",
+    "layout_of",
+    "subtract",
+    "verify",
+]
 
 NamedTensors = Mapping[str, torch.Tensor]
 """Float32 CPU tensors by PEFT state-dict name."""
@@ -46,6 +57,11 @@ def digest(tensors: NamedTensors) -> str:
 def byte_count(tensors: NamedTensors) -> int:
     """Return the bytes that the values take, without names or framing."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def corner(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the view of `shape` at the beginning of every dimension: a factor cut to a lower rank."""
+    return tensor[tuple(slice(size) for size in shape)]
 
 
 def subtract(after: NamedTensors, before: NamedTensors, names: frozenset[str]) -> dict[str, torch.Tensor]:

@@ -38,8 +38,8 @@ class Member:
 
     @property
     def rank(self) -> int | None:
-        """The LoRA rank that the site trains; None: the plan's."""
-        return None
+        """The most LoRA rank that the site trains; None: the plan's."""
+        return self.card.max_rank
 
 
 def enroll(

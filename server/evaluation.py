@@ -79,7 +79,7 @@ def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None
             where that source is public.
     """
     base = load_base(experiment.model, experiment.task, experiment.runtime.device)
-    adapted = attach(base, experiment.peft, experiment.task)
+    adapted = attach(base, experiment.peft, experiment.task, experiment.strategy.cores)
     rows: Sequence[Row] = []
     if experiment.evaluation.every > 0:
         rows = (

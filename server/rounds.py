@@ -27,8 +27,9 @@ from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunF
 from server.protection import Protection, protection_for
 from server.root import RootTraining, root_training
 from server.run_directory import RunDirectory
-from strategies.base import ServerState, Strategy
+from strategies.base import Names, ServerState, Strategy
 from strategies.build import build_strategy
+from strategies.lora.factors import cut
 
 __all__ = ["Outcome", "run_federation"]
 
@@ -48,6 +49,8 @@ class _Run:
     experiment: Experiment
     plan: ClientPlan
     base_digest: str
+    names: Names
+    """Of the adapter's own tensors; a strategy may fold others into it."""
     strategy: Strategy
     protection: Protection
     downlink: Downlink
@@ -88,7 +91,6 @@ def run_federation(
     """
     began = clock()
     federation = experiment.federation
-    adapter: NamedTensors = evaluator.initial_adapter(experiment.seed)
     strategy = build_strategy(experiment.strategy)
     checkpoint = directory.newest_checkpoint()
     members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
@@ -97,12 +99,24 @@ def run_federation(
     downlink = downlink_for(experiment.quantization, directory.run)
     collector = collector_for(federation.mode, grid, timeout_s, pullers, waiting)
     root = root_training(experiment, evaluator)
-    run = _Run(experiment, plan, evaluator.base_digest, strategy, protection, downlink, members, collector, root)
+    adapter = strategy.initial(evaluator.initial_adapter(experiment.seed))
+    run = _Run(
+        experiment,
+        plan,
+        evaluator.base_digest,
+        frozenset(adapter),
+        strategy,
+        protection,
+        downlink,
+        members,
+        collector,
+        root,
+    )
     observe = protection.observer(observe)
     with closing(protection):
         names = tuple(member.site for member in members)
         if checkpoint is None:
-            values = sum(adapter[name].numel() for name in strategy.trained(frozenset(adapter), 1))
+            values = sum(adapter[name].numel() for name in strategy.trained(run.names, 1))
             observe(RunStarted(directory.run, federation.rounds, names, values))
             state = strategy.server.init(adapter)
             state = replace(state, numbers={**state.numbers, "population": float(len(members))})
@@ -135,7 +149,7 @@ def _round(
     cohort = protection.cohort(round_number)
     observe(RoundStarted(round_number, tuple(member.site for member in cohort)))
 
-    adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(frozenset(adapter), round_number), round_number)
+    adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(run.names, round_number), round_number)
     assignments = _assignments(run, round_number, replace(progress, adapter=adapter), cohort)
     if run.root is not None:
         state = replace(state, tensors={**state.tensors, **run.root.update(adapter, round_number)})
@@ -195,7 +209,7 @@ def _assignments(
     run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
     """Return each site's work; sites of one rank that are told the same, in full or as a change, share it."""
-    asked = {member.site: (member.rank, progress.unused.get(member.site, ())) for member in cohort}
+    asked = {member.site: (_rank(member, run.plan), progress.unused.get(member.site, ())) for member in cohort}
     by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
     short = {kind: _shortened(run, assignment) for kind, assignment in by_kind.items()}
     holds = run.downlink.holds_last
@@ -207,14 +221,20 @@ def _shortened(run: _Run, full: Assignment) -> Assignment:
     return full if instruction is None else replace(full, instruction=instruction)
 
 
+def _rank(member: Member, plan: ClientPlan) -> int | None:
+    """Return the rank that a site trains where it is below the plan's."""
+    rank = plan.strategy.rank_within(plan.peft.rank, member.rank)
+    return None if rank == plan.peft.rank else rank
+
+
 def _assignment(
     run: _Run, round_number: int, progress: _Progress, rank: int | None, unused: tuple[int, ...]
 ) -> Assignment:
     adapter = progress.adapter
     # What no site is sent has its initial value everywhere, and a site derives that from the public seed.
-    names = run.strategy.downloaded(frozenset(adapter), round_number)
+    names = run.strategy.downloaded(run.names, round_number)
     sent = run.strategy.server.download(adapter, progress.state, names, rank)
-    start = {**adapter, **sent}  # with what the strategy sends besides, under names that no adapter has
+    start = {**cut(adapter, rank), **sent}
     header = InstructionHeader(
         round=round_number,
         plan=run.plan,
@@ -231,7 +251,7 @@ def _assignment(
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:
     """Return the layout of a valid update from `start`."""
-    names = run.strategy.uploaded(frozenset(start), round_number)
+    names = run.strategy.uploaded(run.names, round_number)
     return layout_of({name: start[name] for name in sorted(names)})
 
 

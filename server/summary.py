@@ -191,6 +191,7 @@ def _round(started: RoundStarted, events: Sequence[Event]) -> dict[str, Any]:
         },
         "metrics": {reply.site: reply.metrics for reply in replies if reply.metrics},
         "update_norm": finished.update_norm if finished else None,
+        "strategy_metrics": finished.metrics if finished else {},
         "evaluation": _evaluation(evaluated),
         "bytes": {"down": sum(reply.bytes_down for reply in replies), "up": sum(reply.bytes_up for reply in replies)},
         "seconds": {phase: getattr(finished, f"{phase}_s") for phase in _PHASES} if finished else {},

@@ -103,7 +103,7 @@ def admit(experiment: Experiment, parts: Mapping[str, Sequence[Row]], scratch: P
             "are needed: see `cloister data preview`"
         )
     base = load_base(shortened.model, shortened.task, shortened.runtime.device)
-    adapted = attach(base, shortened.peft, shortened.task)
+    adapted = attach(base, shortened.peft, shortened.task, shortened.strategy.cores)
     names = build_strategy(shortened.strategy).trained(adapted.names, 1)
     start = _start(adapted, shortened, names)
     return Patient(shortened, name, units, scratch, adapted, adapted.train_only(names), start)

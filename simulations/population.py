@@ -51,13 +51,19 @@ class Population:
         return {
             name: Site(
                 _with_budget(
-                    site_file(experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)),
+                    _ranked(
+                        site_file(
+                            experiment, name, len(rows), state / name, users_of(rows, experiment.data.user_column)
+                        ),
+                        experiment,
+                        position,
+                    ),
                     given.get(name),
                 ),
                 rows=_given(rows),
                 simulated=True,
             )
-            for name, rows in self.parts.items()
+            for position, (name, rows) in enumerate(self.parts.items())
         }
 
 
@@ -100,6 +106,12 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         task=experiment.task,
         state_directory=str(state),
     )
+
+
+def _ranked(file: SiteFile, experiment: Experiment, position: int) -> SiteFile:
+    """Return the file of the site at `position` with its rank of `federation.site_ranks`."""
+    ranks = experiment.federation.site_ranks
+    return file if ranks is None else file.model_copy(update={"max_rank": ranks[position % len(ranks)]})
 
 
 def _budget(

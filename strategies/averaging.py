@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,25 +11,30 @@ from conf.schema.federation import LocalTraining
 from protocol.errors import ReplyRejected
 from protocol.tensors import NamedTensors, add, subtract
 from strategies.base import Aggregator, LocalOutcome, LocalRound, LocalStart, Names, ServerState
+from strategies.lora.factors import cut
 from strategies.mean import WeightedMean
 
 __all__ = ["Averaging", "PlainClient", "PlainRound", "everything", "plain_round"]
 
 
+@dataclass(frozen=True)
 class Averaging:
     """The server half of federated averaging: x ← x + Σ pₖ Δₖ."""
+
+    mean: Callable[[NamedTensors], Aggregator] = WeightedMean
+    """From the adapter to an aggregator whose result is the weighted mean of the updates."""
 
     def init(self, adapter: NamedTensors) -> ServerState:
         """Return an empty state."""
         return ServerState()
 
     def download(self, adapter: NamedTensors, state: ServerState, names: Names, rank: int | None) -> NamedTensors:
-        """Return the tensors `names` of the adapter."""
-        return {name: adapter[name] for name in sorted(names)}
+        """Return the tensors `names` of the adapter, factors cut to `rank`."""
+        return cut({name: adapter[name] for name in sorted(names)}, rank)
 
     def aggregator(self, adapter: NamedTensors, state: ServerState) -> Aggregator:
         """Return a weighted mean."""
-        return WeightedMean()
+        return self.mean(adapter)
 
     def step(
         self, adapter: NamedTensors, combined: NamedTensors, state: ServerState

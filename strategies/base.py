@@ -110,7 +110,7 @@ class ServerHalf(Protocol):
     def step(
         self, adapter: NamedTensors, combined: NamedTensors, state: ServerState
     ) -> tuple[NamedTensors, ServerState]:
-        """Return the next adapter and state."""
+        """Return the next adapter and state. The adapter may have grown offsets (`protocol/offsets.py`)."""
         ...
 
 
@@ -188,3 +188,7 @@ class Strategy:
     """What it needs to be sent. It derives the rest from the public seed, or keeps it itself."""
     has_memory: bool = False
     """Whether sites keep tensors from round to round."""
+    takes_ranks: bool = False
+    """Whether sites may train at lower ranks than the plan's, each on a cut of the factors."""
+    initial: Callable[[NamedTensors], NamedTensors] = lambda adapter: adapter
+    """From the adapter as PEFT initializes it to the one before round 1."""

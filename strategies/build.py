@@ -11,8 +11,17 @@ from conf.schema import server_optimizer as optimizers
 from conf.schema import strategy as schema
 from conf.schema.robust import NoRobustness
 from strategies.base import Strategy
+from strategies.lora.cores import fedsb, ravan
+from strategies.lora.fedex import fedex
 from strategies.lora.fedit import fedit
+from strategies.lora.fedrot import fedrot
+from strategies.lora.fedsa import fedsa
+from strategies.lora.fedsvd import fedsvd
 from strategies.lora.ffa_lora import ffa_lora
+from strategies.lora.flexlora import flexlora
+from strategies.lora.flora import flora
+from strategies.lora.hetlora import hetlora
+from strategies.lora.rolora import rolora
 from strategies.objectives.feddyn import DynamicClient, DynamicServer
 from strategies.objectives.fednova import NormalizedServer
 from strategies.objectives.fedprox import ProximalClient
@@ -25,9 +34,19 @@ from strategies.server_optimizers.optimized import OptimizedServer
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
-STRATEGIES: dict[type[schema.FedIT | schema.FFALoRA], Callable[[], Strategy]] = {
+STRATEGIES: dict[type[schema.Strategy], Callable[[], Strategy]] = {
     schema.FedIT: fedit,
     schema.FFALoRA: ffa_lora,
+    schema.RoLoRA: rolora,
+    schema.FedSALoRA: fedsa,
+    schema.FedSVD: fedsvd,
+    schema.FedRot: fedrot,
+    schema.FLoRA: flora,
+    schema.FedEx: fedex,
+    schema.FlexLoRA: flexlora,
+    schema.HetLoRA: hetlora,
+    schema.FedSB: fedsb,
+    schema.Ravan: ravan,
 }
 
 

@@ -6,36 +6,59 @@ from collections.abc import Mapping
 
 import torch
 
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, corner
 from strategies.base import Contribution
 
-__all__ = ["WeightedMean"]
+__all__ = ["WeightedMean", "checked_weight"]
 
 
 class WeightedMean:
-    """Σₖ wₖ Δₖ / Σₖ wₖ, summed in float64 so that the order of arrival does not show."""
+    """Σₖ wₖ Δₖ / Σₖ wₖ, summed in float64 so that the order of arrival does not show.
 
-    def __init__(self) -> None:
+    An update may be smaller than the adapter's tensor where sites train at lower ranks: what it lacks counts as zero.
+    """
+
+    def __init__(self, adapter: NamedTensors | None = None) -> None:
+        """Start empty.
+
+        Args:
+            adapter: gives each sum its shape; without it all updates have the shapes of the first.
+        """
+        self._adapter = {} if adapter is None else adapter
         self._sums: dict[str, torch.Tensor] = {}
         self._weight = 0.0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was accumulated."""
+        return self._weight == 0
+
     def accumulate(self, contribution: Contribution) -> None:
         """Fold one update; its weight is positive and finite."""
-        weight = contribution.weight
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"weight={weight} must be positive and finite")
+        weight = checked_weight(contribution.weight)
         for name, tensor in contribution.update.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-            self._sums[name].add_(tensor, alpha=weight)
+                self._sums[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
+            corner(self._sums[name], tensor.shape).add_(tensor, alpha=weight)
         self._weight += weight
 
     def result(self) -> NamedTensors:
         """Return the mean as float32."""
-        if self._weight == 0:
+        if self.is_empty:
             raise ValueError("there is no mean of no updates")
         return {name: (total / self._weight).float() for name, total in self._sums.items()}
 
     def metrics(self) -> Mapping[str, float]:
         """Return nothing."""
         return {}
+
+
+def checked_weight(weight: float) -> float:
+    """Return a weight that is positive and finite.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"weight={weight} must be positive and finite")
+    return weight

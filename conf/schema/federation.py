@@ -107,6 +107,11 @@ class Federation(Frozen):
         description="simulated sites only, and only with privacy=none: send the local training loss (real sites decide "
         "in their own site file). Under privacy use privacy.loss_noise_multiplier",
     )
+    site_ranks: tuple[int, ...] | None = Field(
+        default=None,
+        description="most LoRA rank of each simulated site, in the order of their names, from the start again when the "
+        "list ends; null: peft.rank. Real sites set max_rank",
+    )
     site_epsilon: float | None = Field(
         default=None,
         gt=0,

@@ -1,5 +1,6 @@
 """The frozen base model and the adapter trained on top of it."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -32,3 +33,9 @@ class LoRA(Frozen):
     )
     rslora: bool = False
     dora: bool = False
+
+    def at_rank(self, rank: int) -> "LoRA":
+        """Return the same adapter at another rank, with the scale of this one."""
+        share = rank / self.rank
+        alpha = self.alpha * (math.sqrt(share) if self.rslora else share)
+        return self.model_copy(update={"rank": rank, "alpha": alpha})

@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING
 
 from conf.schema import aggregation_rules as aggregation
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
+from conf.schema.strategy_rules import (
+    STRATEGY_VARIANTS,
+    both_factors_under_noise,
+    correlated_noise_needs_fixed_coordinates,
+    folding_needs_no_dora,
+    heads_divide_the_rank,
+    no_global_model,
+    one_factor_needs_no_dora,
+    site_ranks_need_a_strategy,
+    starts_anew,
+)
 from conf.schema.wire import NF4, Lattice, SignSGD, TopK
 
 if TYPE_CHECKING:
@@ -22,7 +33,9 @@ FEW_SITES = 100
 LARGE_DELTA = 1e-3
 """δ above which a promise is worth a warning."""
 
-LINEAR_STRATEGIES = ("fedit", "ffa_lora")
+LINEAR_STRATEGIES: tuple[str, ...] = tuple(
+    variant.model_fields["kind"].default for variant in STRATEGY_VARIANTS if variant.is_linear
+)
 """Kinds whose combined update is a weighted sum of the updates: `is_linear`, known before the algorithm is built."""
 
 
@@ -98,13 +111,6 @@ def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
         "peft.dora=true has no per-example gradient rule in Opacus (layer lora_magnitude_vector); "
         "set privacy.per_example_gradients=native, or peft.dora=false"
     )
-
-
-def frozen_a_needs_no_dora(experiment: Experiment) -> str | None:
-    """FFA-LoRA averages B exactly only when B is all that moves."""
-    if experiment.strategy.kind != "ffa_lora" or not experiment.peft.dora:
-        return None
-    return "strategy=ffa_lora trains B only, peft.dora=true adds a magnitude; use strategy=fedit or peft.dora=false"
 
 
 def poisson_needs_client_level(experiment: Experiment) -> str | None:
@@ -268,9 +274,13 @@ RULES: tuple[Rule, ...] = (
     Rule(protected_loss_needs_noise, frozenset({"federation", "privacy"})),
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),
-    Rule(frozen_a_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(one_factor_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(heads_divide_the_rank, frozenset({"strategy", "peft"})),
+    Rule(folding_needs_no_dora, frozenset({"strategy", "peft"})),
+    Rule(site_ranks_need_a_strategy, frozenset({"federation", "strategy", "peft"})),
     Rule(poisson_needs_client_level, frozenset({"privacy", "federation"})),
     Rule(client_level_needs_a_sum, frozenset({"privacy", "strategy"})),
+    Rule(correlated_noise_needs_fixed_coordinates, frozenset({"privacy", "strategy"})),
     Rule(bands_within_separation, frozenset({"privacy"})),
     Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
     Rule(lattice_needs_a_sum, frozenset({"quantization", "strategy"})),
@@ -320,12 +330,6 @@ def _insecure_seed(experiment: Experiment) -> str | None:
 def _high_epsilon(experiment: Experiment) -> str | None:
     if experiment.privacy.kind != "none" and (experiment.privacy.target_epsilon or 0) > 10:
         return f"privacy.target_epsilon={experiment.privacy.target_epsilon} is a weak promise; 10 or less is usual"
-    return None
-
-
-def _both_factors_under_noise(experiment: Experiment) -> str | None:
-    if experiment.privacy.kind != "none" and experiment.strategy.kind == "fedit":
-        return "strategy=fedit noises both LoRA factors and the noises multiply; ffa_lora is steadier"
     return None
 
 
@@ -382,7 +386,9 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
     _high_epsilon,
-    _both_factors_under_noise,
+    both_factors_under_noise,
+    starts_anew,
+    no_global_model,
     _errors_that_stay,
     _large_delta,
     _few_whole_sites,

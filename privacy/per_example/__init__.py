@@ -11,6 +11,7 @@ linear.py      linear layers (LoRA's A and B, heads) and GPT-2's Conv1D, with th
 scale.py       layer norms and RMS norms
 embedding.py   embeddings, and LoRA on embeddings
 dora.py        DoRA's magnitude vector
+cores.py       square cores between LoRA's frozen factors
 layers.py      which layer has which rule, and the exchange of forwards
 =============  ==========================================================================================
 """

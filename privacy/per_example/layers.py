@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
+from privacy.per_example.cores import cores_rule
 from privacy.per_example.dora import dora_rule
 from privacy.per_example.embedding import embedding_rule, lora_embedding_rule
 from privacy.per_example.linear import linear_rule
@@ -20,6 +21,7 @@ _RULES: tuple[Callable[[nn.Module, Recorder], Forward | None], ...] = (
     embedding_rule,
     lora_embedding_rule,
     dora_rule,
+    cores_rule,
 )
 _OF_EMBEDDINGS = (embedding_rule, lora_embedding_rule)
 _POSITIONS = ("position", "pos_emb", "wpe")

@@ -13,7 +13,8 @@ def ffa_lora() -> Strategy:
     """Return B ← B + Σ pₖ ΔBₖ, with A as drawn from the public seed.
 
     With one common A the mean is exact, Σ pₖ BₖA = B̄A; the noise enters linearly; and half the bytes travel, because
-    every site derives A itself. Tensors that are no LoRA factor (a classification head) are trained and averaged too.
+    every site derives A itself. A site of rank rₖ trains the first rₖ columns of B. Tensors that are no LoRA factor (a
+    classification head) are trained and averaged too.
     """
     return Strategy(
         is_linear=True,
@@ -22,4 +23,5 @@ def ffa_lora() -> Strategy:
         trained=without_random_factors,
         uploaded=without_random_factors,
         downloaded=without_random_factors,
+        takes_ranks=True,
     )

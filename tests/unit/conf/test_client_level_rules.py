@@ -72,7 +72,8 @@ def test_client_level_needs_a_sum() -> None:
     median = SimpleNamespace(privacy=experiment.privacy, strategy=SimpleNamespace(kind="median"))
     problem = client_level_needs_a_sum(median)  # type: ignore[arg-type]
     assert problem == (
-        "privacy=client_level needs a strategy that sums updates (fedit, ffa_lora), not median; use strategy=ffa_lora"
+        f"privacy=client_level needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not median; "
+        "use strategy=ffa_lora"
     )
     assert client_level_needs_a_sum(experiment) is None
 

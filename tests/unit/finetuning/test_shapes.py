@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conf.schema.model import LoRA, Model
-from conf.schema.strategy import FedIT, FFALoRA
+from conf.schema.strategy import FedIT, FedSVD, FFALoRA, RoLoRA, Strategy
 from conf.schema.task import CausalLM, Classification
 from finetuning.adapters import attach
 from finetuning.models import load_base
@@ -23,13 +23,15 @@ from strategies.build import build_strategy
         ("qwen3", FFALoRA(), {}),
         ("phi3", FFALoRA(), {}),
         ("gpt2", FFALoRA(), {}),
+        ("llama", FedSVD(), {}),
+        ("llama", RoLoRA(), {}),
         ("gpt2", FedIT(), {"dora": True}),
         ("bert", FFALoRA(), {}),
         ("roberta", FedIT(), {}),
     ],
 )
 def test_the_count_is_that_of_the_attached_adapter(
-    family: str, strategy: FedIT | FFALoRA, lora: dict[str, object], tiny_model: Callable[..., Path]
+    family: str, strategy: Strategy, lora: dict[str, object], tiny_model: Callable[..., Path]
 ) -> None:
     task = Classification(labels=("a", "b", "c")) if family in ("bert", "roberta") else CausalLM()
     model, peft = Model(path=str(tiny_model(family))), LoRA.model_validate({"rank": 3, **lora})
