@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from simulations.studies import Baseline
+    from simulations.study_robustness import Result
 
 __all__ = [
     "baseline_table",
@@ -19,6 +20,7 @@ __all__ = [
     "outcome_table",
     "person_text",
     "quality_text",
+    "robustness_table",
     "sweep_table",
 ]
 
@@ -157,3 +159,28 @@ def byte_text(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def robustness_table(results: Sequence[Result]) -> Table:
+    """Return one line per rule and a column per attack: quality, and the backdoor's success where there is any."""
+    metric = next((each.metric for each in results if each.metric), "quality")
+    columns = list(dict.fromkeys((each.attack, each.fraction) for each in results))
+    table = Table(title=f"{metric} on held-out records under attack", title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    for attack, fraction in columns:
+        table.add_column(attack if not fraction else f"{attack} {fraction:.0%}", justify="right")
+    by_cell = {(each.rule, each.attack, each.fraction): each for each in results}
+    for rule in dict.fromkeys(each.rule for each in results):
+        table.add_row(rule, *(_robustness_cell(metric, by_cell.get((rule, *column))) for column in columns))
+    reasons = dict.fromkeys(each.refused for each in results if each.refused)
+    table.caption = "in brackets: triggered records that the backdoor answers" + "".join(f"\n{why}" for why in reasons)
+    return table
+
+
+def _robustness_cell(metric: str, result: Result | None) -> str:
+    if result is None:
+        return ""
+    if result.quality is None:
+        return "refused"
+    success = result.backdoor_success or 0.0
+    return quality_text(metric, result.quality) + (f" ({success:.0%})" if success else "")

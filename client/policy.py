@@ -30,7 +30,7 @@ def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool =
         raise SiteRefusal("round_out_of_plan", f"round {header.round} is beyond the {plan.rounds} rounds of the plan")
     if plan.task != site.task:
         raise SiteRefusal("wrong_task", f"the plan's task is not this site's own ({site.task.kind})")
-    _check_work(plan, policy)
+    _check_work(site, plan, policy)
     if policy.bases is not None and header.base_digest not in policy.bases:
         raise SiteRefusal("base_not_allowed", f"the base {header.base_digest[:12]} is not among policy.bases")
     _check_privacy(site, plan, policy, simulated)
@@ -74,18 +74,19 @@ def check_moment(site: SiteFile, now: datetime) -> None:
         raise SiteRefusal("budget_expired", f"the budget expired on {site.budget.expires}, it is {now.isoformat()}")
 
 
-def _check_work(plan: ClientPlan, policy: SitePolicy) -> None:
+def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
     """Refuse too much work, and kinds of work that the policy does not list."""
+    steps = min(plan.local.steps, site.runtime.steps_per_round or plan.local.steps)
     for code, asked, limit, name in (
         ("too_many_rounds", plan.rounds, policy.max_rounds, "policy.max_rounds"),
-        ("too_many_steps", plan.local.steps, policy.max_steps_per_round, "policy.max_steps_per_round"),
+        ("too_many_steps", steps, policy.max_steps_per_round, "policy.max_steps_per_round"),
         ("rank_too_large", plan.peft.rank, policy.max_rank, "policy.max_rank"),
     ):
         if asked > limit:
             raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
     if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
         raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
-    codec = getattr(getattr(plan, "quantization", None), "kind", "none")
+    codec = plan.quantization.kind
     if policy.quantization is not None and codec not in (*policy.quantization, "none"):
         raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
 

@@ -12,6 +12,7 @@ from client.training import Trained, TrainingJob, check_gradients, train
 from client.units import Units
 from client.whole_site import WholeSite
 from client.wire import outgoing, received
+from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
@@ -77,12 +78,24 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     _check_rank(plan, adapted, strategy)
     trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
-    state = work.state()
-    local = _local_round(instruction, adapted, strategy, state)
+    state, training = work.state(), _own_training(plan, work.file)
+    memory = state.memory(plan.run).before(header.round) if strategy.has_memory else {}
+    local = _local_round(instruction, adapted, strategy, training, state)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     check_cost(work.file, privacy)
-    job = TrainingJob(work.file, header, adapted, trained_names, local, records.examples, records.units, privacy)
+    job = TrainingJob(
+        file=work.file,
+        header=header,
+        adapted=adapted,
+        trained_names=trained_names,
+        local=local,
+        examples=records.examples,
+        units=records.units,
+        privacy=privacy,
+        memory=memory,
+        own_training=training,
+    )
     check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
     site_ledger = None if header.clip_norm is None else state.site_ledger()
@@ -108,6 +121,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
             plan_digest=header.plan_digest,
             base_digest=adapted.base.digest,
             adapter_digest=header.adapter_digest,
+            steps=training.steps,
             privacy=stated,
             metrics=_released(trained, job),
             below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
@@ -176,7 +190,19 @@ def _check_rank(plan: ClientPlan, adapted: AdaptedModel, strategy: Strategy) -> 
         )
 
 
-def _local_round(instruction: Instruction, adapted: AdaptedModel, strategy: Strategy, state: SiteState) -> LocalRound:
+def _own_training(plan: ClientPlan, file: SiteFile) -> LocalTraining:
+    """Return what this site does of the plan: its own file may cap the steps, for everything that follows."""
+    cap = file.runtime.steps_per_round
+    return plan.local if cap is None else plan.local.model_copy(update={"steps": min(cap, plan.local.steps)})
+
+
+def _local_round(
+    instruction: Instruction,
+    adapted: AdaptedModel,
+    strategy: Strategy,
+    training: LocalTraining,
+    state: SiteState,
+) -> LocalRound:
     """Return the strategy's half of the round, from what was sent, what follows from the public seed, and what this
     site kept."""
     header = instruction.header
@@ -210,8 +236,8 @@ def _local_round(instruction: Instruction, adapted: AdaptedModel, strategy: Stra
             memory=state.memory(plan.run).before(number) if strategy.has_memory else {},
             trained=strategy.trained(adapted.names, number),
             uploaded=strategy.uploaded(adapted.names, number),
-            local=plan.local,
-            learning_rate=plan.local.optimizer.learning_rate * plan.local.learning_rate_factor(number, plan.rounds),
+            local=training,
+            learning_rate=training.optimizer.learning_rate * training.learning_rate_factor(number, plan.rounds),
         )
     )
 
@@ -221,7 +247,7 @@ def _privacy_plan(plan: ClientPlan, file: SiteFile, num_units: int) -> PrivacyPl
     try:
         return build_plan(
             asked,
-            plan.local,
+            _own_training(plan, file),
             rounds=plan.rounds,
             published_units=_published_units(asked, file),
             num_units=num_units,

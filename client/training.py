@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 from client.dry_run import way_of_gradients
 from client.units import Units
+from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteFile, SiteRuntime
 from conf.schema.task import Classification, Task
@@ -39,6 +41,15 @@ class TrainingJob:
     examples: Sequence[Example]
     units: Units
     privacy: PrivacyPlan
+    memory: NamedTensors = field(default_factory=lambda: MappingProxyType({}))
+    """What the site kept, and the local round was made with."""
+    own_training: LocalTraining | None = None
+    """Where the site's own file asks for less than the plan."""
+
+    @property
+    def training(self) -> LocalTraining:
+        """Steps and optimizer of this round."""
+        return self.own_training or self.header.plan.local
 
     @property
     def asked(self) -> LocalPrivacy:
@@ -58,9 +69,9 @@ class TrainingJob:
         settings = self.header.plan.model_copy(update={"run": "any"}).digest
         records = _fingerprint(self.examples, self.units)
         header, privacy = self.header, repr(self.privacy)
-        start = digest(self.local.start)  # with what the site kept itself, which `adapter_digest` does not cover
+        start, kept = digest(self.local.start), digest(self.memory)  # which `adapter_digest` does not cover
         return inputs_digest(
-            self.file.name, settings, privacy, header.adapter_digest, start, header.base_digest, records
+            self.file.name, settings, privacy, header.adapter_digest, start, kept, header.base_digest, records
         )
 
     def stream(self, secret: bytes, attempt: int) -> SecureStream:
@@ -115,14 +126,14 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             job.examples,
             build_objective(plan.task),
             rule,
-            plan.local,
+            job.training,
             units=job.units.members,
             unit_weighting=asked.user_gradient if isinstance(asked, UserLevel) else "sum",
             seed=_dropout_seed(stream),
             micro_batch_tokens=runtime.micro_batch_tokens,
             static_shapes=runtime.static_shapes,
             gradient_checkpointing=runtime.gradient_checkpointing,
-            learning_rate_factor=plan.local.learning_rate_factor(job.header.round, plan.rounds),
+            learning_rate_factor=job.training.learning_rate_factor(job.header.round, plan.rounds),
             correct=job.local.correct,
         )
     finally:

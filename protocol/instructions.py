@@ -159,6 +159,7 @@ class ReplyHeader(Frozen):
     plan_digest: str
     base_digest: str = ""
     adapter_digest: str = Field(default="", description="of the adapter that the update starts from")
+    steps: int = Field(default=0, ge=0, description="optimizer steps taken: asked for, or fewer by the site's own file")
     privacy: PrivacyStatement | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     below_clip: bool | None = Field(default=None, description="adaptive clipping: whether the clip changed nothing")

@@ -178,6 +178,10 @@ REFUSALS: Mapping[str, Refusal] = {
     "wrong_base": Refusal(
         "this site's base is another than the server's", "install the same model files on both ends; compare digests"
     ),
+    "unknown_reference": Refusal(
+        "this site does not hold the adapter that a change was sent of",
+        "nothing: the server sends the whole adapter in its next round",
+    ),
     "replay_mismatch": Refusal(
         "this round of this run was answered already, for another instruction",
         "server: start a run under a new name; nothing more is answered for that round",

@@ -23,6 +23,7 @@ from finetuning.datasets import Row
 from finetuning.models import base_digest
 from protocol.errors import ConfigError
 from server.budget import ServerBooks
+from server.collect import Waiting
 from server.evaluation import build_evaluator
 from server.events import Evaluated, Event, Observer, RoundFinished, RunResumed, SiteReplied
 from server.rounds import Outcome, run_federation
@@ -48,6 +49,8 @@ class Launch:
     """Of the server's ledger; None keeps it in the run directory, unless `federation.server_ledger` names a folder."""
     waits_forever: bool = False
     """Sites take turns in this process: none is late, so `federation.reply_timeout_s` does not apply."""
+    waiting: Waiting | None = None
+    """How time passes while replies are awaited; None: as everywhere."""
     pullers: int = 0
     """Threads that wait for replies; 0 where sites are simulated, since their work is done inside the wait."""
     resume: bool = False
@@ -79,6 +82,7 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
             expected_sites=expected,
             timeout_s=timeout_s,
             pullers=launch.pullers,
+            waiting=launch.waiting,
         )
 
 

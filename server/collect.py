@@ -21,10 +21,18 @@ from server.arrivals import arrivals
 from server.cohort import Member
 from server.events import SiteReplied
 
-__all__ = ["Assignment", "Collected", "collect"]
+__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_used"]
 
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How time passes while replies are awaited. A simulation has a clock of its own."""
+
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,7 @@ def collect(
     *,
     timeout_s: float,
     pullers: int = 0,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    waiting_by: Waiting | None = None,
 ) -> Collected:
     """Send each site of the cohort its instruction and hand each verified reply to `accept`, as it arrives.
 
@@ -75,9 +82,9 @@ def collect(
         timeout_s: how long to wait for all replies together. What comes later is dropped: a round's result must not
             depend on when the next one starts.
         pullers: threads that wait for replies, so that one slow upload does not hold up the others; 0: this thread.
-        clock: seconds.
-        sleep: waits that many seconds.
+        waiting_by: the clock and the sleep; None: the machine's.
     """
+    clock, sleep = (waiting_by or Waiting()).clock, (waiting_by or Waiting()).sleep
     # One record for all that share an assignment: Flower stores and sends its tensors once.
     records = {id(each): instruction_to_record(each.instruction) for each in assignments.values()}
     asked = {site: (each, payload_bytes(records[id(each)])) for site, each in assignments.items()}
@@ -95,12 +102,12 @@ def collect(
     for identifier, message in pulled:
         site = waiting.pop(identifier)
         assignment, bytes_down = asked[site]
-        outcome, reply, refused = _judged(message, site, assignment.instruction, assignment.expected, bytes_down)
+        outcome, reply, refused = judged(message, site, assignment.instruction, assignment.expected, bytes_down)
         if reply is not None:
             folding = clock()
-            accept(site, reply, assignment.start)
+            outcome = accepted(outcome, reply, accept, assignment.start)
             aggregating += clock() - folding
-        elif not refused:
+        if not outcome.accepted and not refused:
             unused.append(site)
         counts[outcome.accepted] += 1
         observe(outcome)
@@ -109,17 +116,28 @@ def collect(
         unused.append(site)
         assignment, bytes_down = asked[site]
         reason = f"no reply within {timeout_s:.0f} s; a later one is dropped, and the site is told"
-        observe(_unused(assignment.instruction, site, bytes_down, 0, "no_reply", reason))
+        observe(not_used(assignment.instruction, site, bytes_down, 0, "no_reply", reason))
     return Collected(counts[True], counts[False], tuple(sorted(unused)), clock() - began - aggregating, aggregating)
 
 
-def _judged(
+def accepted(
+    outcome: SiteReplied, reply: Reply, accept: Callable[[str, Reply, NamedTensors], None], start: NamedTensors
+) -> SiteReplied:
+    """Hand a verified reply to `accept`, and return what became of it: the strategy may find something missing."""
+    try:
+        accept(outcome.site, reply, start)
+    except ReplyRejected as problem:
+        return replace(outcome, accepted=False, code=problem.code, reason=str(problem))
+    return outcome
+
+
+def judged(
     message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
 ) -> tuple[SiteReplied, Reply | None, bool]:
     """Return what became of a reply, the reply itself when it may be aggregated, and whether it is a refusal."""
     if message.has_error():
         reason = f"Flower error {message.error.code}"
-        return _unused(instruction, site, bytes_down, 0, "flower_error", reason), None, False
+        return not_used(instruction, site, bytes_down, 0, "flower_error", reason), None, False
     bytes_up, stated, refused = 0, None, False
     try:
         bytes_up = payload_bytes(message.content)
@@ -128,7 +146,7 @@ def _judged(
         stated, refused = reply.header.privacy, reply.header.status == "refused"
         reply = _verified(reply, site, instruction, expected)
     except ReplyRejected as problem:
-        return _unused(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
+        return not_used(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
     header = reply.header
     round_number = instruction.header.round
     return SiteReplied(round_number, site, True, bytes_down, bytes_up, header.privacy, header.metrics), reply, False
@@ -148,6 +166,10 @@ def _verified(reply: Reply, site: str, instruction: Instruction, expected: Layou
     ):
         if given != wanted:
             raise ReplyRejected(f"wrong_{name}", f"the reply answers {name}={given!r}, asked was {wanted!r}")
+    if not 1 <= header.steps <= asked.plan.local.steps:
+        raise ReplyRejected(
+            "wrong_steps", f"the reply states {header.steps} steps, asked were {asked.plan.local.steps} or fewer"
+        )
     codec = build_codec(asked.plan.quantization)
     context = WireContext(asked.plan.run, asked.round, site, "up")
     decoded = replace(reply, tensors=codec.decode(reply.tensors, expected, context))
@@ -168,7 +190,7 @@ def _verify_clipped(reply: Reply, bound: float, adaptive: bool) -> None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
 
 
-def _unused(
+def not_used(
     instruction: Instruction,
     site: str,
     down: int,
@@ -177,4 +199,5 @@ def _unused(
     reason: str,
     stated: PrivacyStatement | None = None,
 ) -> SiteReplied:
+    """Return the event of a reply that is not used, and why."""
     return SiteReplied(instruction.header.round, site, False, down, up, stated, code=code, reason=reason)

@@ -15,6 +15,7 @@ from finetuning.tasks.base import TaskObjective
 from finetuning.tasks.build import build_objective
 from protocol.tensors import NamedTensors
 from server.events import Evaluated
+from server.root import split_root
 
 __all__ = ["Evaluator", "build_evaluator"]
 
@@ -28,7 +29,10 @@ class Evaluator:
         groups: Mapping[str, Sequence[Example]],
         objective: TaskObjective,
         micro_batch_tokens: int,
+        root: Sequence[Example] = (),
     ) -> None:
+        self.root = root
+        """Public examples that the server trains on itself, and does not evaluate on; empty unless a rule asks."""
         self._adapted = adapted
         self._groups = groups
         self._objective = objective
@@ -83,8 +87,10 @@ def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None
             if heldout is None
             else heldout
         )
+    root_rows, rows = split_root(experiment, rows)
     groups = {name: _examples(experiment, adapted, part) for name, part in _grouped(experiment, rows).items()}
-    return Evaluator(adapted, groups, build_objective(experiment.task), experiment.runtime.micro_batch_tokens)
+    root = _examples(experiment, adapted, root_rows) if root_rows else ()
+    return Evaluator(adapted, groups, build_objective(experiment.task), experiment.runtime.micro_batch_tokens, root)
 
 
 def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:

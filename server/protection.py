@@ -24,6 +24,7 @@ from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
 from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
 from server.run_directory import RunDirectory
 from strategies.base import Aggregator, Contribution, Strategy
+from strategies.objectives.local_steps import effective_steps
 
 __all__ = ["ClientLevelProtection", "NoProtection", "Protection", "protection_for"]
 
@@ -61,7 +62,11 @@ class Protection(Protocol):
         ...
 
     def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
-        """Fold one verified reply, trained from `start`."""
+        """Fold one verified reply, trained from `start`.
+
+        Raises:
+            ReplyRejected: it lacks what the strategy needs.
+        """
         ...
 
     def combined(self) -> NamedTensors:
@@ -139,9 +144,20 @@ class NoProtection:
 
     def fold(self, site: str, reply: Reply, start: NamedTensors) -> None:
         """Fold one update, with the site's weight."""
-        steps = self._experiment.federation.local.steps
+        header, federation = reply.header, self._experiment.federation
+        local = federation.local
         self._folding.accumulate(
-            Contribution(reply.tensors, self._weights[site], start, steps, site, reply.header.metrics)
+            Contribution(
+                update=reply.tensors,
+                weight=self._weights[site],
+                start=start,
+                steps=header.steps,
+                site=site,
+                metrics=header.metrics,
+                learning_rate=local.optimizer.learning_rate
+                * local.learning_rate_factor(header.round, federation.rounds),
+                effective_steps=effective_steps(local.optimizer, header.steps),
+            )
         )
 
     def combined(self) -> NamedTensors:

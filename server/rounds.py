@@ -17,13 +17,15 @@ from conf.schema.experiment import Experiment
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
+from server.buffered import Collector, collector_for
 from server.checkpoint import Checkpoint
 from server.cohort import Member, enroll
-from server.collect import Assignment, Collected, collect
+from server.collect import Assignment, Collected, Waiting
 from server.downlink import Downlink, downlink_for
 from server.evaluation import Evaluator
 from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
 from server.protection import Protection, protection_for
+from server.root import RootTraining, root_training
 from server.run_directory import RunDirectory
 from strategies.base import Names, ServerState, Strategy
 from strategies.build import build_strategy
@@ -53,8 +55,8 @@ class _Run:
     protection: Protection
     downlink: Downlink
     members: tuple[Member, ...]
-    timeout_s: float
-    pullers: int
+    collector: Collector
+    root: RootTraining | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def run_federation(
     expected_sites: int,
     timeout_s: float,
     pullers: int = 0,
+    waiting: Waiting | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Run every round of an experiment and return the final adapter.
@@ -94,6 +97,8 @@ def run_federation(
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
     downlink = downlink_for(experiment.quantization, directory.run)
+    collector = collector_for(federation.mode, grid, timeout_s, pullers, waiting)
+    root = root_training(experiment, evaluator)
     adapter = strategy.initial(evaluator.initial_adapter(experiment.seed))
     run = _Run(
         experiment,
@@ -104,8 +109,8 @@ def run_federation(
         protection,
         downlink,
         members,
-        timeout_s,
-        pullers,
+        collector,
+        root,
     )
     observe = protection.observer(observe)
     with closing(protection):
@@ -113,23 +118,22 @@ def run_federation(
         if checkpoint is None:
             values = sum(adapter[name].numel() for name in strategy.trained(run.names, 1))
             observe(RunStarted(directory.run, federation.rounds, names, values))
-            progress = _Progress(
-                adapter, strategy.server.init(adapter), _evaluate(evaluator, adapter, 0, experiment, observe), {}
-            )
+            state = strategy.server.init(adapter)
+            state = replace(state, numbers={**state.numbers, "population": float(len(members))})
+            progress = _Progress(adapter, state, _evaluate(evaluator, adapter, 0, experiment, observe), {})
         else:
             observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
             downlink.restore(checkpoint.sent)
             protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
             progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
         for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
-            progress = _round(grid, run, number, progress, evaluator, directory, observe, clock)
+            progress = _round(run, number, progress, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, progress.adapter)
     observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
     return Outcome(progress.adapter, progress.evaluation)
 
 
 def _round(
-    grid: Grid,
     run: _Run,
     round_number: int,
     progress: _Progress,
@@ -147,6 +151,8 @@ def _round(
 
     adapter = run.downlink.broadcast(adapter, run.strategy.downloaded(run.names, round_number), round_number)
     assignments = _assignments(run, round_number, replace(progress, adapter=adapter), cohort)
+    if run.root is not None:
+        state = replace(state, tensors={**state.tensors, **run.root.update(adapter, round_number)})
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
 
@@ -154,7 +160,7 @@ def _round(
         protection.fold(site, reply, start)
         run.downlink.confirmed(site)
 
-    collected = collect(grid, assignments, cohort, accept, observe, timeout_s=run.timeout_s, pullers=run.pullers)
+    collected = run.collector.collect(round_number, assignments, cohort, accept, observe)
     if protection.needs_replies:
         _check_quorum(collected, run.experiment.federation.min_replies, round_number)
 
@@ -173,7 +179,7 @@ def _round(
             round_number,
             collected.accepted,
             collected.rejected,
-            _norm(combined),
+            _norm({name: tensor for name, tensor in combined.items() if name in adapter}),
             collected.waiting_s,
             aggregate_s,
             evaluate_s,
@@ -239,7 +245,8 @@ def _assignment(
         unused_rounds=unused,
         release=run.protection.claim,
     )
-    return Assignment(Instruction(header, sent), _uploaded(run, round_number, start), sent)
+    expected = _uploaded(run, round_number, {name: start[name] for name in adapter})
+    return Assignment(Instruction(header, sent), expected, sent)
 
 
 def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:

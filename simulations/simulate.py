@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from flwr.serverapp import Grid
 
 from client.app import client_app
 from client.site import Site
@@ -14,9 +16,11 @@ from conf.schema.experiment import Experiment
 from protocol.errors import ConfigError
 from protocol.instructions import client_plan
 from server.app import Launch, serve
+from server.collect import Waiting
 from server.events import Observer
 from server.run_directory import refuse_existing
 from simulations.books import SharedBooks
+from simulations.conditions import DelayedGrid, SimulatedTime
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
 
@@ -98,10 +102,15 @@ def rehearse_all(experiment: Experiment, run: str, sites: Sequence[Site]) -> Non
 
 def _run_in_process(launch: Launch, sites: dict[str, Site]) -> None:
     nodes = list(sites.values())
-    grid = InProcessGrid(
+    grid: Grid = InProcessGrid(
         client_app(lambda context: nodes[int(context.node_config["partition-id"])]),
         [{"partition-id": position} for position in range(len(nodes))],
     )
+    runtime = launch.experiment.runtime
+    if runtime.kind == "in_process" and runtime.reply_delays_s:
+        time = SimulatedTime()
+        grid = DelayedGrid(grid, runtime.reply_delays_s, time)
+        launch = replace(launch, waiting=Waiting(time.now, time.sleep))
     try:
         serve(grid, launch)
     finally:

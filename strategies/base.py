@@ -38,7 +38,10 @@ TensorRule = Callable[[Names, int], Names]
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server keeps from round to round besides the adapter. Every checkpoint stores it."""
+    """What the server keeps from round to round besides the adapter. Every checkpoint stores it.
+
+    `numbers["population"]` is the number of enrolled sites; a half that steps passes on what is not its own.
+    """
 
     tensors: NamedTensors = field(default_factory=lambda: MappingProxyType({}))
     numbers: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -49,7 +52,9 @@ class Contribution:
     """One site's verified reply.
 
     `update` is trained minus received, for the tensors that are uploaded; `start` is what that site received, which may
-    be a slice of the adapter where ranks differ; `steps` are the optimizer steps it took.
+    be a slice of the adapter where ranks differ; `steps` are the optimizer steps it took, at `learning_rate`, and
+    `effective_steps` what its optimizer made of them: a constant gradient g would have moved it by
+    -learning_rate · effective_steps · g.
     """
 
     update: NamedTensors
@@ -58,6 +63,8 @@ class Contribution:
     steps: int = 1
     site: str = ""
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    learning_rate: float = 1.0
+    effective_steps: float = 1.0
 
 
 class Aggregator(Protocol):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import assert_never
 
+from conf.schema import objective as objectives
+from conf.schema import server_optimizer as optimizers
 from conf.schema import strategy as schema
+from conf.schema.robust import NoRobustness
 from strategies.base import Strategy
 from strategies.lora.cores import fedsb, ravan
 from strategies.lora.fedex import fedex
@@ -17,6 +22,15 @@ from strategies.lora.flexlora import flexlora
 from strategies.lora.flora import flora
 from strategies.lora.hetlora import hetlora
 from strategies.lora.rolora import rolora
+from strategies.objectives.feddyn import DynamicClient, DynamicServer
+from strategies.objectives.fednova import NormalizedServer
+from strategies.objectives.fedprox import ProximalClient
+from strategies.objectives.qfedavg import FairServer
+from strategies.objectives.scaffold import ScaffoldClient, ScaffoldServer
+from strategies.robust.server import RobustServer
+from strategies.server_optimizers.adaptive import fedadagrad, fedadam, fedyogi
+from strategies.server_optimizers.fedavgm import fedavgm
+from strategies.server_optimizers.optimized import OptimizedServer
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
@@ -37,5 +51,51 @@ STRATEGIES: dict[type[schema.Strategy], Callable[[], Strategy]] = {
 
 
 def build_strategy(config: schema.Strategy) -> Strategy:
-    """Return the algorithm that a validated configuration names."""
-    return STRATEGIES[type(config)]()
+    """Return the algorithm that a validated configuration names, wrapped from the inside out: the server's optimizer,
+    its robust rule, the sites' objective."""
+    strategy = STRATEGIES[type(config)]()
+    return _with_objective(_robust(_optimized(strategy, config), config), config)
+
+
+def _optimized(strategy: Strategy, config: schema.Strategy) -> Strategy:
+    chosen = config.server_optimizer
+    match chosen:
+        case optimizers.NoServerOptimizer():
+            return strategy
+        case optimizers.FedAvgM():
+            optimizer = fedavgm(chosen)
+        case optimizers.FedAdagrad():
+            optimizer = fedadagrad(chosen)
+        case optimizers.FedAdam():
+            optimizer = fedadam(chosen)
+        case optimizers.FedYogi():
+            optimizer = fedyogi(chosen)
+        case _:
+            assert_never(chosen)
+    return replace(strategy, server=OptimizedServer(strategy.server, optimizer))
+
+
+def _robust(strategy: Strategy, config: schema.Strategy) -> Strategy:
+    if isinstance(config.robust, NoRobustness):
+        return strategy
+    return replace(strategy, is_linear=False, server=RobustServer(strategy.server, config.robust))
+
+
+def _with_objective(strategy: Strategy, config: schema.Strategy) -> Strategy:
+    server, client, chosen = strategy.server, strategy.client, config.objective
+    match chosen:
+        case objectives.NoObjective():
+            return strategy
+        case objectives.FedProx():
+            return replace(strategy, client=ProximalClient(client, chosen.mu))
+        case objectives.FedNova():
+            return replace(strategy, is_linear=False, server=NormalizedServer(server))
+        case objectives.QFedAvg():
+            return replace(strategy, is_linear=False, server=FairServer(server, chosen.q))
+        case objectives.Scaffold():
+            server, client = ScaffoldServer(server), ScaffoldClient(client)
+        case objectives.FedDyn():
+            server, client = DynamicServer(server, chosen.alpha), DynamicClient(client, chosen.alpha)
+        case _:
+            assert_never(chosen)
+    return replace(strategy, is_linear=False, has_memory=True, server=server, client=client)

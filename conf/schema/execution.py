@@ -26,6 +26,11 @@ class InProcess(_Runtime):
     """All sites in this process, one after the other, sharing one base model."""
 
     kind: Literal["in_process"] = "in_process"
+    reply_delays_s: tuple[float, ...] = Field(
+        default=(),
+        description="simulated seconds that the first, second, ... site takes to answer, from the start again when "
+        "there are more sites; the run does not wait for them. Empty: none",
+    )
 
 
 class Ray(_Runtime):

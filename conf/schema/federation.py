@@ -6,7 +6,17 @@ from pydantic import Field
 
 from conf.schema.base import Frozen
 
-__all__ = ["SGD", "AdamW", "Federation", "LocalTraining", "Optimizer", "ServerBudget"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Buffered",
+    "Federation",
+    "LocalTraining",
+    "Mode",
+    "Optimizer",
+    "ServerBudget",
+    "Synchronous",
+]
 
 
 class SGD(Frozen):
@@ -52,6 +62,25 @@ class LocalTraining(Frozen):
         return 1.0 if self.learning_rate_decay == "none" else (rounds - round_number + 1) / rounds
 
 
+class Synchronous(Frozen):
+    """A round ends when its whole cohort has answered."""
+
+    kind: Literal["synchronous"] = "synchronous"
+
+
+class Buffered(Frozen):
+    """A round ends when enough sites have answered, whenever they were asked (FedBuff, arXiv 2106.06639)."""
+
+    kind: Literal["buffered"] = "buffered"
+    buffer_size: int = Field(default=2, ge=1, description="valid replies that make a round")
+    max_staleness: int = Field(
+        default=10, ge=0, description="rounds that may have ended since a site was asked; later replies are not used"
+    )
+
+
+Mode = Annotated[Synchronous | Buffered, Field(discriminator="kind")]
+
+
 class ServerBudget(Frozen):
     """The most that client-level runs may ever cost one site, over all runs that the server's ledger holds."""
 
@@ -63,6 +92,7 @@ class Federation(Frozen):
     """Rounds, cohort and quorum."""
 
     rounds: int = Field(default=8, ge=1, le=100_000)
+    mode: Mode = Synchronous()
     cohort_size: int | None = Field(default=None, ge=1, description="sites drawn per round; null: all of them")
     cohort_sampling: Literal["fixed_size", "poisson"] = Field(
         default="fixed_size",

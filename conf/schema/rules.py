@@ -6,6 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from conf.schema import aggregation_rules as aggregation
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
 from conf.schema.strategy_rules import (
     STRATEGY_VARIANTS,
@@ -286,6 +287,20 @@ RULES: tuple[Rule, ...] = (
     Rule(lattice_holds_the_cohort, frozenset({"quantization", "federation", "data"})),
     Rule(lattice_clips_as_privacy_does, frozenset({"quantization", "privacy"})),
     Rule(fed_back_changes_need_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(aggregation.fixed_coordinates, frozenset({"strategy"})),
+    Rule(aggregation.one_server_step, frozenset({"strategy"})),
+    Rule(aggregation.robust_over_plain_updates, frozenset({"strategy"})),
+    Rule(aggregation.robust_without_weights, frozenset({"strategy"})),
+    Rule(aggregation.robust_needs_replies, frozenset({"strategy", "federation", "data"})),
+    Rule(aggregation.robust_is_no_sum, frozenset({"strategy", "privacy"})),
+    Rule(aggregation.objective_within_client_level, frozenset({"strategy", "privacy"})),
+    Rule(aggregation.objective_fits_optimizer, frozenset({"strategy", "federation"})),
+    Rule(aggregation.fair_weights_need_a_loss, frozenset({"strategy", "federation", "privacy"})),
+    Rule(
+        aggregation.buffered_needs_plain_updates,
+        frozenset({"strategy", "federation", "privacy", "data", "quantization"}),
+    ),
+    Rule(aggregation.root_needs_held_out_records, frozenset({"strategy", "evaluation"})),
 )
 
 

@@ -129,11 +129,16 @@ class SitePolicy(Frozen):
 
 
 class SiteRuntime(Frozen):
-    """How this site computes; cannot touch the guarantee."""
+    """How this site computes; the guarantee holds whatever it says."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     micro_batch_tokens: int = Field(default=8192, ge=1)
+    steps_per_round: int | None = Field(
+        default=None,
+        ge=1,
+        description="the most optimizer steps in a round, for a slow site; public, and its privacy is planned for them",
+    )
     static_shapes: bool = Field(
         default=False,
         description="pad every micro-batch to one shape (for compiled or GPU training); changes no number",

@@ -5,6 +5,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from conf.schema.base import Frozen
+from conf.schema.objective import NoObjective, Objective
+from conf.schema.robust import NoRobustness, Robust
+from conf.schema.server_optimizer import NoServerOptimizer, ServerOptimizer
 
 __all__ = [
     "FFALoRA",
@@ -58,6 +61,9 @@ class _Averaging(Frozen):
         default="uniform",
         description="uniform, or by the record counts that the sites publish; exact counts are private and never used",
     )
+    server_optimizer: ServerOptimizer = NoServerOptimizer()
+    objective: Objective = NoObjective()
+    robust: Robust = NoRobustness()
 
 
 class FedIT(_Averaging):

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from conf.compose import CONFIG_DIRECTORY, compose_experiment
+from conf.schema.objective import Objective
 from conf.schema.privacy import Privacy
+from conf.schema.robust import Robust
+from conf.schema.server_optimizer import ServerOptimizer
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from conf.schema.wire import Quantization
@@ -20,6 +23,7 @@ COMPANIONS = {
     "model/encoder": ["model.path=some/model"],
     "task/classification": ["data=csv_labelled", "data.source.path=rows.csv", "task.labels=[no,yes]"],
     "data/csv_labelled": ["data.source.path=rows.csv", "task=classification", "task.labels=[no,yes]"],
+    "objective/qfedavg": ["privacy.loss_noise_multiplier=10"],
     "peft/dora": ["strategy=fedit", "privacy.per_example_gradients=one_by_one"],
 }
 
@@ -48,9 +52,18 @@ def test_member_says_what_it_is_for(member: Path) -> None:
     assert comment.endswith(".")
 
 
-@pytest.mark.parametrize(
-    ("group", "union"), [("strategy", Strategy), ("privacy", Privacy), ("task", Task), ("quantization", Quantization)]
-)
+UNIONS = [
+    ("strategy", Strategy),
+    ("server_optimizer", ServerOptimizer),
+    ("objective", Objective),
+    ("robust", Robust),
+    ("privacy", Privacy),
+    ("task", Task),
+    ("quantization", Quantization),
+]
+
+
+@pytest.mark.parametrize(("group", "union"), UNIONS)
 def test_every_variant_has_a_yaml(group: str, union: object) -> None:
     kinds = {variant.model_fields["kind"].default for variant in get_args(get_args(union)[0])}
     stored = {yaml.safe_load(path.read_text())["kind"] for path in (CONFIG_DIRECTORY / group).glob("*.yaml")}

@@ -53,6 +53,7 @@ class KnownSite:
                 plan_digest=header.plan_digest,
                 base_digest=header.base_digest,
                 adapter_digest=header.adapter_digest,
+                steps=header.plan.local.steps,
                 below_clip=self.says_below,
             ),
             update,

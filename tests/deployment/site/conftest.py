@@ -154,7 +154,7 @@ def instruct() -> Callable[..., Instruction]:
         experiment: Experiment = compose_experiment([*SMALL, *overrides])
         adapted = attach(load_base(experiment.model, experiment.task, "cpu"), experiment.peft, experiment.task)
         start = dict(adapted.initial(experiment.seed))
-        trained = build_strategy(experiment.strategy).trained(frozenset(start))
+        trained = build_strategy(experiment.strategy).trained(frozenset(start), 1)
         for name in trained:
             start[name] = start[name] + nudge
         plan = client_plan(experiment, run)

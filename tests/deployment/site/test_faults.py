@@ -121,8 +121,8 @@ def test_a_full_disk_is_refused_before_training(make_site: Make, instruct: Instr
     site.state, site.socket = tiny_disk / "s", tiny_disk / "s" / "run" / "site.sock"
     site.start()
     assert site.ask(instruct()).header.status == "trained"
-    fill(tiny_disk / "filler")
     spent = site.kinds()
+    fill(tiny_disk / "filler")
     reply = site.ask(instruct(round_number=2))
     assert (reply.header.status, reply.header.code) == ("refused", "ledger_unusable"), site.text()
     assert not reply.tensors

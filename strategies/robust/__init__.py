@@ -1,0 +1,1 @@
+"""Robust aggregation: rules that hold when some sites send anything at all."""

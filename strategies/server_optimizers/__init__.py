@@ -1,0 +1,1 @@
+"""Server optimizers: the combined update as a pseudo-gradient."""

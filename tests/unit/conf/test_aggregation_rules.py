@@ -1,0 +1,73 @@
+"""What server optimizers, objectives and robust rules may be combined with."""
+
+import pytest
+
+from conf.compose import InvalidConfiguration, compose_experiment
+from conf.schema.aggregation_rules import fixed_coordinates
+from conf.schema.strategy import FedIT
+
+CLIENT_LEVEL = ("privacy=client_level",)
+SIX = ("data.partition={kind:iid,sites:6}",)
+
+REFUSED = [
+    (("robust=median", *CLIENT_LEVEL), "robust=median with privacy=client_level: its sensitivity to one site is not"),
+    (("robust=norm_bound", *CLIENT_LEVEL), "the clip norm is that bound already; use robust=none"),
+    (("objective=scaffold", *CLIENT_LEVEL), "objective=scaffold needs each site's update as it was trained"),
+    (("objective=feddyn", "server_optimizer=fedadam"), "server_optimizer=fedadam would undo it"),
+    (("objective=fednova", "robust=krum"), "robust=krum with objective=fednova: both say how updates are combined"),
+    (("robust=krum", "strategy.weights=published_records"), "a site could claim any count"),
+    (("objective=feddyn", "strategy.weights=published_records"), "keeps an unweighted mean over all sites"),
+    (
+        ("robust=krum", "strategy.robust.attackers=2", *SIX),
+        "robust=krum needs 7 replies in a round to withstand strategy.robust.attackers=2 "
+        r"\(strategy.robust.mixing=none\), the cohort has 6 sites",
+    ),
+    (("robust=median", "strategy.robust.attackers=1", "federation.cohort_size=2"), "needs 3 replies in a round"),
+    (
+        ("robust=median", "strategy.robust.attackers=2", "strategy.robust.mixing.kind=bucketing", *SIX),
+        r"needs 9 replies in a round .*mixing=bucketing\), the cohort has 6 sites",
+    ),
+    (
+        ("objective=scaffold", "federation.local.optimizer.kind=adamw"),
+        "objective=scaffold divides an update by the steps behind it, which says nothing under",
+    ),
+    (("objective=qfedavg",), "may not leave under privacy=example_level; set privacy.loss_noise_multiplier"),
+    (("objective=qfedavg", "privacy=none"), "federation.release_training_loss=false keeps it"),
+    (("robust=fltrust", "evaluation.every=0"), "evaluation.every=0 reads none"),
+    (("robust=krum", "strategy.robust.selected=2"), "strategy.robust.selected is not a known key"),
+]
+
+ALLOWED = [
+    ("robust=bulyan", "data.partition={kind:iid,sites:7}"),
+    ("robust=krum", "objective=fedprox", "server_optimizer=fedadam"),
+    ("objective=fedprox", *CLIENT_LEVEL),
+    ("server_optimizer=fedyogi", *CLIENT_LEVEL),
+    ("objective=qfedavg", "privacy=none", "federation.release_training_loss=true"),
+    ("objective=qfedavg", "privacy.loss_noise_multiplier=10"),
+    ("objective=scaffold", "server_optimizer=fedavgm"),
+    ("objective=fednova", "federation.local.optimizer.momentum=0.9"),
+    ("robust=median", "strategy.robust.mixing.kind=nearest_neighbors"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "problem"), REFUSED, ids=lambda part: str(part)[:60])
+def test_what_cannot_hold_is_refused_with_the_fix(overrides: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=problem):
+        compose_experiment(overrides)
+
+
+@pytest.mark.parametrize("overrides", ALLOWED, ids=str)
+def test_the_rest_composes(overrides: tuple[str, ...]) -> None:
+    assert compose_experiment(overrides).digest
+
+
+def test_a_strategy_that_moves_its_coordinates_takes_fedprox_alone() -> None:
+    """Asked of the rule itself: the strategies that are refused are named nowhere, those that may are."""
+    experiment = compose_experiment(["robust=krum", "objective=fedprox", "server_optimizer=fedavgm"])
+    other = FedIT.model_construct(**{**experiment.strategy.__dict__, "kind": "rotating"})
+    problem = fixed_coordinates(experiment.model_copy(update={"strategy": other}))
+    assert problem is not None
+    assert problem.startswith("server_optimizer=fedavgm, robust=krum: strategy=rotating changes what")
+    alone = compose_experiment(["objective=fedprox"])
+    other = FedIT.model_construct(**{**alone.strategy.__dict__, "kind": "rotating"})
+    assert fixed_coordinates(alone.model_copy(update={"strategy": other})) is None
