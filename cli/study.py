@@ -104,7 +104,7 @@ def robustness(
         def show(result: Result) -> None:
             progress.update(task, advance=1, description=result.cell.name)
 
-        results = run_robustness(experiment, cells, out, show, workers=workers)
+        results = run_robustness(experiment, cells, out, show, workers=workers, prepare=quiet_libraries)
     console.print(robustness_table(results))
     console.print(f"table    {out / 'results.csv'}", soft_wrap=True)
     console.print(f"picture  {plot_results(results, out / 'results.png')}", soft_wrap=True)

@@ -200,7 +200,7 @@ def _run(job: _Job) -> Line:
     line = partial(Line, **asdict(job.labels), digest=experiment.digest)
     try:
         summary = simulate(experiment, job.folder).summary
-    except (CloisterError, ValueError) as error:
+    except CloisterError as error:
         return line(refused=_one_line(error))
     final = summary["final"]
     return line(

@@ -1,13 +1,13 @@
 """What every long study needs: a CSV with one line per finished cell, and processes that work through the rest.
 
 A study is started with the same command after a stop and does what is missing. A line is written when its cell is
-done, and a line that a crash cut off is no line.
+done, and the file is replaced as a whole, so that no crash leaves half a line.
 """
 
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
+from finetuning.checkpoints import write_atomically
 from protocol.errors import ConfigError
 
 __all__ = ["LineFile", "work_through"]
@@ -28,8 +29,6 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     float: float,
     float | None: lambda text: float(text) if text else None,
 }
-_END = "end"
-"""The last column: a line without it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,10 @@ class LineFile(Generic[Line]):
     @property
     def columns(self) -> tuple[str, ...]:
         """The header."""
-        return (*(field.name for field in fields(self.kind)), _END)  # pyright: ignore[reportArgumentType] - a dataclass
+        return tuple(field.name for field in fields(self.kind))  # pyright: ignore[reportArgumentType] - a dataclass
 
     def read(self) -> list[Line]:
-        """Return the whole lines; none where there is no file.
+        """Return the lines; none where there is no file.
 
         Raises:
             ConfigError: the file has other columns, as another study's or version's has.
@@ -60,24 +59,18 @@ class LineFile(Generic[Line]):
                     f"{self.path} has the columns {', '.join(reader.fieldnames)}, not {', '.join(self.columns)}; "
                     "give another folder"
                 )
-            whole = [line for line in reader if line[_END] == "."]
-        return [self.kind(**{name: _READERS[hints[name]](line[name]) for name in hints}) for line in whole]
+            return [self.kind(**{name: _READERS[hints[name]](line[name]) for name in self.columns}) for line in reader]
 
     def append(self, line: Line) -> None:
-        """Write one line, whole or not at all as far as a reader is concerned."""
+        """Write one line more; a crash leaves the file as it was."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        for each in (*self.read(), line):
+            values = asdict(each)  # pyright: ignore[reportArgumentType] - a dataclass
+            writer.writerow({name: "" if value is None else value for name, value in values.items()})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists() or not self.path.stat().st_size
-        cut_off = not is_new and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", newline="") as stream:
-            if cut_off:
-                stream.write("\r\n")
-            writer = csv.DictWriter(stream, self.columns)
-            if is_new:
-                writer.writeheader()
-            values = {name: "" if value is None else value for name, value in asdict(line).items()}  # pyright: ignore[reportArgumentType] - a dataclass
-            writer.writerow({**values, _END: "."})
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_atomically(self.path, text.getvalue().encode())
 
 
 def work_through(

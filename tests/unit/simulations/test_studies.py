@@ -83,7 +83,7 @@ def test_a_study_that_was_stopped_does_only_the_rest(tmp_path: Path) -> None:
     assert list(rows[0]) == [
         *("study", "data", "strategy", "codec", "ranks", "epsilon", "partition", "sites", "learning_rate", "seed"),
         *("metric", "base", "quality", "spent_epsilon", "bytes_up", "bytes_down", "values", "updates", "records"),
-        *("seconds", "groups", "refused", "digest", "end"),
+        *("seconds", "groups", "refused", "digest"),
     ]
     assert [row["epsilon"] for row in rows] == ["inf", "3"]
 
