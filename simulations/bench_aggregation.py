@@ -31,6 +31,8 @@ __all__ = ["linear_strategies", "main", "measure", "measure_flower", "print_aggr
 _WIDTH, _RANK, _CORE = 4096, 16, 256
 _BUFFERS = 3
 _FLOWER = "flower"
+_PLAIN = "mean"
+"""The weighted mean alone, without what `fedit` measures beside it."""
 _REPLIES = 10
 """What Flower is given: each reply is 40 MB, and twice that while it works."""
 
@@ -47,18 +49,20 @@ def measure(name: str, clients: int, values: int) -> dict[str, float]:
     """Return a strategy's figures.
 
     Args:
-        name: of the strategy.
+        name: of the strategy, or `mean`: the weighted mean alone.
         clients: how many updates are folded.
         values: of one update.
 
     Returns:
         seconds and copy_seconds: for all updates, and for a copy of as many bytes; peak_mb: above what was loaded.
     """
+    from strategies.averaging import Averaging
     from strategies.base import Contribution
 
-    server = _built(name).server
-    adapter = _adapter(name, values)
-    updates = [_random(_uploaded(name, adapter), seed) for seed in range(_BUFFERS)]
+    built = "fedit" if name == _PLAIN else name
+    server = Averaging() if name == _PLAIN else _built(name).server
+    adapter = _adapter(built, values)
+    updates = [_random(_uploaded(built, adapter), seed) for seed in range(_BUFFERS)]
     target = {tensor_name: torch.empty_like(tensor) for tensor_name, tensor in updates[0].items()}
     for tensor in target.values():
         tensor.fill_(1)  # a page that was never written is no memory yet
@@ -122,10 +126,11 @@ def print_aggregation_table(clients: int = 100, values: int = 10_000_000) -> Non
     replies = min(_REPLIES, clients)
     flower = _measured(_FLOWER, replies, values)
     table.add_row(f"Flower's FedAvg, {replies} replies", *_columns(flower), f"{flower['peak_mb']:.0f}", "–")
-    ours = _measured("fedit", replies, values)
+    plain = _measured(_PLAIN, replies, values)
+    table.add_row(f"the weighted mean alone, {replies} updates", *_columns(plain), f"{plain['peak_mb']:.0f}", "–")
     table.caption = (
-        f"per update, Flower takes {flower['seconds'] / ours['seconds']:.1f} times fedit's time, reading its arrays "
-        "included; its replies are held before, 40 MB each at 10 M values, and are not in its peak"
+        "fedit and fedrot also measure their drift. Flower's replies, 40 MB each at 10 M values, are held before and "
+        "are not in its peak"
     )
     Console(width=max(Console().width, 130)).print(table)
 

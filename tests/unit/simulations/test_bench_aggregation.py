@@ -18,7 +18,7 @@ def test_each_linear_strategy_folds_about_the_values_asked_for() -> None:
         assert figures["copy_seconds"] > 0
 
 
-@pytest.mark.parametrize("name", ["flower", "fedit"])
+@pytest.mark.parametrize("name", ["flower", "mean", "fedit"])
 def test_a_line_of_the_table_is_printed_for_the_parent_process(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
