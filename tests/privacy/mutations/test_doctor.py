@@ -54,5 +54,6 @@ def test_a_refusal_is_told_with_its_reason(observe: Callable[..., Subject], monk
         raise SiteRefusal("outside_hours", "not today")
 
     monkeypatch.setattr("client.rounds.check_policy", closed)
-    with pytest.raises(ConfigError, match=r"the examined site refuses round 1 \(outside_hours\): " + sentence("outside_hours")):
+    wanted = r"the examined site refuses round 1 \(outside_hours\): " + sentence("outside_hours")
+    with pytest.raises(ConfigError, match=wanted):
         observe()
