@@ -212,12 +212,7 @@ def buffered_needs_plain_updates(experiment: Experiment) -> str | None:
 
 def _cohort(experiment: Experiment) -> int | None:
     """Return how many sites are asked in a round, where the configuration alone tells."""
-    partition = experiment.data.partition
-    if partition.kind != "natural_key":
-        population = partition.sites
-    else:
-        population = None if partition.sites is None else len(partition.sites)
-    return experiment.federation.cohort_size or population
+    return experiment.federation.cohort_size or experiment.data.partition.population
 
 
 def root_needs_held_out_records(experiment: Experiment) -> str | None:
