@@ -301,8 +301,8 @@ class ClientLevelProtection:
                 # Correlated noise must lie on one sum; and a second release from one secret cohort is no second sample:
                 # booked as one, it would cost more than the books say.
                 raise PrivacyError(
-                    f"round {self._round} of run {self._budget.run} was released before, with other updates: neither its "
-                    "correlated noise nor its secret cohort can be used twice; start a new run"
+                    f"round {self._round} of run {self._budget.run} was released before, with other updates: neither "
+                    "correlated noise nor a secret cohort can be used twice; start a new run"
                 )
             self._release = before
             mechanism = self._plan.mechanism(self._round)

@@ -77,8 +77,8 @@ def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
     if quantization.downlink == "none" or strategy.is_linear:
         return None
     return (
-        f"quantization.downlink=same with error feedback needs a strategy that sums updates, not {strategy.kind}, which "
-        "makes new factors; use quantization.downlink=none, or quantization=eden"
+        "quantization.downlink=same with error feedback needs a strategy that sums updates, not "
+        f"{strategy.kind}, which makes new factors; use quantization.downlink=none, or quantization=eden"
     )
 
 
@@ -90,12 +90,13 @@ def secret_cohorts_hold_nothing(experiment: Experiment) -> str | None:
     ):
         return None
     return (
-        "quantization.downlink=same keeps a list of who took part, and federation.cohort_sampling=poisson is secret; use "
-        "quantization.downlink=none"
+        "quantization.downlink=same keeps a list of who took part, and federation.cohort_sampling=poisson is secret; "
+        "use quantization.downlink=none"
     )
 
 
 def errors_that_stay(experiment: Experiment) -> str | None:
+    """A biased codec without error feedback loses the same part in every round."""
     quantization = experiment.quantization
     lossy = isinstance(quantization, NF4) or (
         isinstance(quantization, SignSGD | TopK) and not quantization.error_feedback
