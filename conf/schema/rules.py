@@ -12,10 +12,12 @@ from conf.schema.strategy_rules import (
     STRATEGY_VARIANTS,
     both_factors_under_noise,
     correlated_noise_needs_fixed_coordinates,
+    fed_back_changes_need_a_sum,
     folding_needs_no_dora,
     heads_divide_the_rank,
     no_global_model,
     one_factor_needs_no_dora,
+    selection_is_no_change,
     site_ranks_need_a_strategy,
     starts_anew,
 )
@@ -245,19 +247,6 @@ def lattice_clips_as_privacy_does(experiment: Experiment) -> str | None:
     )
 
 
-def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
-    """What a change of the adapter left out can be added later only while factors keep their meaning."""
-    quantization, strategy = experiment.quantization, experiment.strategy.kind
-    if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
-        return None
-    if quantization.downlink == "none" or strategy in LINEAR_STRATEGIES:
-        return None
-    return (
-        f"quantization.downlink=same with error feedback needs a strategy that sums updates, not {strategy}, which "
-        "makes new factors; use quantization.downlink=none, or quantization=eden"
-    )
-
-
 def simulated_population(experiment: Experiment) -> int | None:
     """Return the number of simulated sites where the configuration alone fixes it, else None."""
     partition = experiment.data.partition
@@ -287,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lattice_holds_the_cohort, frozenset({"quantization", "federation", "data"})),
     Rule(lattice_clips_as_privacy_does, frozenset({"quantization", "privacy"})),
     Rule(fed_back_changes_need_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(selection_is_no_change, frozenset({"quantization", "strategy"})),
     Rule(aggregation.fixed_coordinates, frozenset({"strategy"})),
     Rule(aggregation.one_server_step, frozenset({"strategy"})),
     Rule(aggregation.robust_over_plain_updates, frozenset({"strategy"})),

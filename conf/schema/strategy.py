@@ -10,6 +10,7 @@ from conf.schema.robust import NoRobustness, Robust
 from conf.schema.server_optimizer import NoServerOptimizer, ServerOptimizer
 
 __all__ = [
+    "FLASC",
     "FFALoRA",
     "FLoRA",
     "FedEx",
@@ -109,6 +110,19 @@ class FedRot(_Averaging):
     kind: Literal["fedrot"] = "fedrot"
 
 
+class FLASC(_Averaging):
+    """Average both factors; send the largest values alone, both ways (Kuo et al. 2024, arXiv 2406.05233)."""
+
+    kind: Literal["flasc"] = "flasc"
+
+    download_density: float = Field(
+        default=1.0, gt=0, le=1, description="share of the factors' values that a site is sent; 1: all of them"
+    )
+    upload_density: float = Field(
+        default=1.0, gt=0, le=1, description="share of the factors' changes that a site sends; 1: all of them"
+    )
+
+
 class FLoRA(_Averaging):
     """Stack all sites' factors into the base, and start each round anew (Wang et al. 2024, arXiv 2409.05976)."""
 
@@ -176,6 +190,6 @@ class Ravan(_Averaging):
 
 
 Strategy = Annotated[
-    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLoRA | FedEx | FlexLoRA | HetLoRA | FedSB | Ravan,
+    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLASC | FLoRA | FedEx | FlexLoRA | HetLoRA | FedSB | Ravan,
     Field(discriminator="kind"),
 ]

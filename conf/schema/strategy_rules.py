@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, get_args
 
 from conf.schema.privacy import ClientLevel
-from conf.schema.strategy import Strategy
+from conf.schema.strategy import FLASC, Strategy
+from conf.schema.wire import SignSGD, TopK
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -14,10 +15,12 @@ __all__ = [
     "STRATEGY_VARIANTS",
     "both_factors_under_noise",
     "correlated_noise_needs_fixed_coordinates",
+    "fed_back_changes_need_a_sum",
     "folding_needs_no_dora",
     "heads_divide_the_rank",
     "no_global_model",
     "one_factor_needs_no_dora",
+    "selection_is_no_change",
     "site_ranks_need_a_strategy",
     "starts_anew",
 ]
@@ -77,6 +80,32 @@ def correlated_noise_needs_fixed_coordinates(experiment: Experiment) -> str | No
     return (
         f"privacy.noise.kind={privacy.noise.kind} cancels over rounds, and the values that strategy={strategy.kind} "
         "sums are others in every round; use noise.kind=independent, or strategy=ffa_lora"
+    )
+
+
+def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
+    """What a change of the adapter left out can be added later only while factors keep their meaning."""
+    quantization, strategy = experiment.quantization, experiment.strategy
+    if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
+        return None
+    if quantization.downlink == "none" or strategy.is_linear:
+        return None
+    return (
+        f"quantization.downlink=same with error feedback needs a strategy that sums updates, not {strategy.kind}, "
+        "which makes new factors; use quantization.downlink=none, or quantization=eden"
+    )
+
+
+def selection_is_no_change(experiment: Experiment) -> str | None:
+    """The entries that FLASC sends are others in every round, so there is no last one to send a change of."""
+    strategy = experiment.strategy
+    if not isinstance(strategy, FLASC) or strategy.download_density == 1:
+        return None
+    if getattr(experiment.quantization, "downlink", "none") == "none":
+        return None
+    return (
+        f"strategy.download_density={strategy.download_density:g} sends other entries in every round, "
+        "quantization.downlink=same their change; use quantization.downlink=none, or strategy.download_density=1"
     )
 
 
