@@ -37,7 +37,9 @@ def answer_at_door(
             return card_to_record(site.card())
         if kind != ROUND:
             raise SiteRefusal("malformed_instruction", f"a message of kind {kind!r} is neither {CARD} nor {ROUND}")
-        return reply_to_record((handle or site.handle)(record_to_instruction(record)))
+        return reply_to_record(
+            (handle or site.handle)(record_to_instruction(record, most_bytes=site.file.serve.max_message_mib << 20))
+        )
     except SiteRefusal as refusal:
         _log.warning("site %s refuses with %s: %s", site.file.name, refusal.code, refusal)
         return refusal_record(refusal.code, site.file.name)

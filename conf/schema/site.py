@@ -161,7 +161,7 @@ class SiteServe(Frozen):
         description="tcp: a loopback port and a token, both in a file in place of the socket; auto: tcp where there "
         "are no Unix sockets",
     )
-    max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction")
+    max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction, unpacked")
     stop_grace_s: float = Field(default=30.0, ge=0, description="how long a stop waits for a round under way")
     min_free_mib: int = Field(default=64, ge=0, description="of state_directory's disk; below it nothing is started")
     keep_replies: int = Field(default=64, ge=0, description="the latest, to repeat an answer that was lost on its way")
