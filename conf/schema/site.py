@@ -209,11 +209,12 @@ class SiteFile(Frozen):
     task: Task = Field(
         default=CausalLM(), description="the only task this site trains: a plan that chose labels could test for them"
     )
-    max_rank: int | None = Field(
+    trained_rank: int | None = Field(
         default=None,
         ge=1,
         description="the most LoRA rank this site trains; of a larger adapter it gets a cut, where the strategy "
-        "can combine ranks. null: whatever a plan asks. The server is told",
+        "can combine ranks; what is refused outright is policy.max_rank. null: "
+        "whatever a plan asks. The server is told",
     )
     ledger: str | None = Field(
         default=None,
