@@ -84,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print_tables(cases=QUICK if options.quick else CASES)
     print_table(options.quick)
+    from simulations.bench_aggregation import print_aggregation_table
+
+    if options.quick:
+        print_aggregation_table(20, 1_000_000)
+    else:
+        print_aggregation_table()
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False))
 
