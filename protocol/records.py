@@ -1,20 +1,21 @@
 """Instructions and replies as Flower records. The only file of `protocol` that knows Flower.
 
-Tensors travel as named arrays of an `ArrayRecord` (numpy's own format, never pickled); the header travels as one JSON
-string. An array's declared shape, its npy header and its length must agree *before* anything is allocated: a forged
-header could otherwise claim terabytes.
+The tensors of a message travel as one array that holds a safetensors file, never pickled: Flower sends every array in
+requests of its own, and fifty of them take seconds. The header of a message travels as one JSON string. safetensors
+compares every shape with the bytes that are there *before* anything is allocated: a forged header could otherwise claim
+terabytes.
 """
 
 from __future__ import annotations
 
-import io
-import math
 from collections import OrderedDict
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
 
 from protocol.errors import ReplyRejected, SiteRefusal
 from protocol.instructions import Instruction, Reply, SiteCard, decode_instruction, decode_reply
@@ -31,9 +32,11 @@ __all__ = [
 ]
 
 _HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
-_NPY = "numpy.ndarray"
-_FORMATS = {"float32": "<f4", "uint8": "|u1"}
+_PACKED = "safetensors"
+_FORMATS = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 """Tensors, and the bytes of encoded ones (`protocol/codecs/`)."""
+_MAX_HEADER = 4 << 20
+"""Bytes: some twenty thousand tensors. Reading a header takes several times its size in memory."""
 
 
 def instruction_to_record(instruction: Instruction) -> RecordDict:
@@ -91,7 +94,10 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def _record(header: str, tensors: NamedTensors) -> RecordDict:
-    arrays = OrderedDict((name, Array(tensor.detach().cpu().contiguous().numpy())) for name, tensor in tensors.items())
+    arrays: OrderedDict[str, Array] = OrderedDict()
+    if tensors:
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        arrays[_PACKED] = Array(dtype="uint8", shape=(len(data),), stype=_PACKED, data=data)
     return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: ArrayRecord(arrays)})
 
 
@@ -106,27 +112,38 @@ def _tensors(record: RecordDict) -> dict[str, torch.Tensor]:
     arrays = record.array_records.get(_TENSORS)
     if arrays is None:
         raise ReplyRejected("malformed_reply", "the message has no tensors record")
-    return {name: torch.from_numpy(_decoded(name, array)) for name, array in arrays.items()}
-
-
-def _decoded(name: str, array: Array) -> np.ndarray:
-    """Return the float32 or uint8 array, after comparing its header with the only one that its declared shape can have.
-
-    The header is compared, not parsed: what a stranger wrote there is never interpreted.
-    """
-    if array.stype != _NPY:
-        raise ReplyRejected("malformed_reply", f"{name} is serialized as {array.stype!r}, expected {_NPY!r}")
-    shape = tuple(array.shape)
-    descr = _FORMATS.get(array.dtype)
-    if descr is None or not all(type(size) is int and size >= 0 for size in shape):
+    if not arrays:
+        return {}
+    if list(arrays) != [_PACKED]:
         raise ReplyRejected(
-            "malformed_reply", f"{name} is declared as {array.dtype} {shape}, expected float32 or uint8"
+            "malformed_reply", f"the message has {len(arrays)} arrays, expected one that is named {_PACKED}"
         )
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-    start = header.tell()
-    if not array.data.startswith(header.getvalue()) or len(array.data) - start != np.dtype(descr).itemsize * math.prod(
-        shape
-    ):
-        raise ReplyRejected("malformed_reply", f"{name} declares {array.dtype} {shape}; its payload disagrees")
-    return np.frombuffer(array.data, dtype=descr, offset=start).reshape(shape).copy()
+    return _unpacked(arrays[_PACKED])
+
+
+def _unpacked(array: Array) -> dict[str, torch.Tensor]:
+    """Return the float32 and uint8 tensors of a safetensors file."""
+    if array.stype != _PACKED:
+        raise ReplyRejected("malformed_reply", f"the tensors are serialized as {array.stype!r}, expected {_PACKED!r}")
+    size, announced = len(array.data), int.from_bytes(array.data[:8], "little")
+    if (array.dtype, tuple(array.shape)) != ("uint8", (size,)):
+        raise ReplyRejected(
+            "malformed_reply", f"the tensors are declared as {array.dtype} {tuple(array.shape)}; they have {size} bytes"
+        )
+    if announced > _MAX_HEADER:
+        raise ReplyRejected(
+            "malformed_reply", f"the tensors' header is said to have {announced} bytes, above {_MAX_HEADER}"
+        )
+    try:
+        return {name: _tensor(name, **entry) for name, entry in deserialize(array.data)}
+    except SafetensorError as error:
+        raise ReplyRejected("malformed_reply", f"the tensors' header cannot be read: {str(error)[:200]}") from error
+
+
+def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> torch.Tensor:
+    if dtype not in _FORMATS:
+        raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r} as {dtype}, expected F32 or U8")
+    try:
+        return torch.from_numpy(np.ndarray(tuple(shape), _FORMATS[dtype], buffer=data))
+    except (ValueError, OverflowError, RuntimeError) as error:  # a shape such as (0, 2**62), which needs no bytes
+        raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r} with an impossible shape") from error
