@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.study_grids import bits, ranks, strategies
+
 if TYPE_CHECKING:
     from simulations.study_robustness import Result
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Comparisons that need several runs.", no_args_is_help=True)
+for command in (strategies, bits, ranks):
+    app.command()(command)
 
 
 @app.command()
@@ -100,7 +104,7 @@ def robustness(
         def show(result: Result) -> None:
             progress.update(task, advance=1, description=result.cell.name)
 
-        results = run_robustness(experiment, cells, out, show, workers=workers)
+        results = run_robustness(experiment, cells, out, show, workers=workers, prepare=quiet_libraries)
     console.print(robustness_table(results))
     console.print(f"table    {out / 'results.csv'}", soft_wrap=True)
     console.print(f"picture  {plot_results(results, out / 'results.png')}", soft_wrap=True)

@@ -85,6 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print_tables(cases=QUICK if options.quick else CASES)
     print_table(options.quick)
+    from simulations.bench_aggregation import print_aggregation_table
+
+    if options.quick:
+        print_aggregation_table(20, 1_000_000)
+    else:
+        print_aggregation_table()
     if options.deployment:
         from simulations.bench_deployment import main as print_deployment
 

@@ -5,14 +5,10 @@ One line of `results.csv` per cell, written when it is done: a study that was st
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,13 +21,13 @@ from conf.schema import robust as schema
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import collate, tokenize_rows
-from finetuning.checkpoints import write_atomically
 from finetuning.datasets import Row
 from finetuning.models import load_base
 from protocol.errors import ConfigError
 from simulations.attacks import AttackedPopulation, attack_named, triggered
 from simulations.population import Population, build_population
 from simulations.simulate import simulate
+from simulations.study_lines import LineFile, work_through
 
 __all__ = [
     "DEFAULT_ATTACKS",
@@ -155,7 +151,13 @@ def cells_of(rules: Sequence[str], attacks: Sequence[str], fractions: Sequence[f
 
 
 def run_robustness(
-    experiment: Experiment, cells: Sequence[Cell], path: Path, on_result: Callable[[Result], None], *, workers: int = 1
+    experiment: Experiment,
+    cells: Sequence[Cell],
+    path: Path,
+    on_result: Callable[[Result], None],
+    *,
+    workers: int = 1,
+    prepare: Callable[[], None] | None = None,
 ) -> list[Result]:
     """Run the cells that `path` has no result of, and return all results in the order of the cells.
 
@@ -165,30 +167,25 @@ def run_robustness(
         path: the study's folder.
         on_result: takes each result, also those of an earlier start.
         workers: processes; 1 runs the cells in this one.
+        prepare: called first in each new process.
+
+    Raises:
+        ConfigError: the folder holds another study's results.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    known = {each.cell: each for each in read_results(path / "results.csv") if each.digest == experiment.digest}
+    file = LineFile(path / "results.csv", Result)
+    known = {each.cell: each for each in file.read() if each.digest == experiment.digest}
     done = {cell: known[cell] for cell in cells if cell in known}
     for result in done.values():
         on_result(result)
     todo = [cell for cell in cells if cell not in done]
-    for result in _results(experiment.canonical_json(), todo, path, workers):
-        _store(path / "results.csv", result)
+    for result in work_through(todo, partial(_run_cell, experiment.canonical_json(), path), workers, prepare):
+        file.append(result)
         done[result.cell] = result
         on_result(result)
     return [done[cell] for cell in cells]
 
 
-def _results(experiment: str, todo: Sequence[Cell], path: Path, workers: int) -> Iterator[Result]:
-    if workers == 1:
-        yield from (_run_cell(experiment, cell, path) for cell in todo)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_run_cell, experiment, cell, path) for cell in todo]):
-            yield future.result()
-
-
-def _run_cell(experiment_json: str, cell: Cell, path: Path) -> Result:
+def _run_cell(experiment_json: str, path: Path, cell: Cell) -> Result:
     experiment, population = parse_experiment(experiment_json), _population(experiment_json)
     sites, folder = len(population.parts), path / "runs" / cell.name
     attackers = round(cell.fraction * sites)
@@ -259,38 +256,7 @@ def _hit(adapted: AdaptedModel, batch: Any) -> bool:
 
 def read_results(path: Path) -> list[Result]:
     """Return the results of a study's file; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        lines = list(csv.DictReader(stream))
-    return [
-        Result(
-            line["rule"],
-            line["attack"],
-            float(line["fraction"]),
-            int(line["attackers"]),
-            int(line["sites"]),
-            line["metric"],
-            _number(line["quality"]),
-            _number(line["backdoor_success"]),
-            line["refused"],
-            line["digest"],
-        )
-        for line in lines
-    ]
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
-
-
-def _store(path: Path, result: Result) -> None:
-    """Add a result; a crash leaves the file as it was."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [each.name for each in fields(Result)])
-    writer.writeheader()
-    writer.writerows(asdict(each) for each in (*read_results(path), result))
-    write_atomically(path, text.getvalue().encode())
+    return LineFile(path, Result).read()
 
 
 def plot_results(results: Sequence[Result], path: Path) -> Path:

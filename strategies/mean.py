@@ -9,7 +9,10 @@ import torch
 from protocol.tensors import NamedTensors, corner
 from strategies.base import Contribution
 
-__all__ = ["WeightedMean", "checked_weight"]
+__all__ = ["WeightedMean", "add_scaled", "checked_weight"]
+
+_PIECE = 1 << 17
+"""Values that are widened to float64 at a time: what is widened stays in the processor's cache."""
 
 
 class WeightedMean:
@@ -39,7 +42,7 @@ class WeightedMean:
         for name, tensor in contribution.update.items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
-            corner(self._sums[name], tensor.shape).add_(tensor, alpha=weight)
+            add_scaled(corner(self._sums[name], tensor.shape), tensor, weight)
         self._weight += weight
 
     def result(self) -> NamedTensors:
@@ -51,6 +54,18 @@ class WeightedMean:
     def metrics(self) -> Mapping[str, float]:
         """Return nothing."""
         return {}
+
+
+def add_scaled(total: torch.Tensor, tensor: torch.Tensor, weight: float) -> None:
+    """Add weight · tensor (float32) to `total` (float64, same shape) in place, bit for bit as torch's `add_` would.
+
+    torch widens a whole tensor before it adds; of a large one that moves twice the bytes through memory.
+    """
+    if not (total.is_contiguous() and tensor.is_contiguous()):
+        total.add_(tensor, alpha=weight)
+        return
+    for wide, narrow in zip(total.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
+        wide.add_(narrow, alpha=weight)
 
 
 def checked_weight(weight: float) -> float:

@@ -9,6 +9,7 @@ from conf.schema.experiment import Experiment
 from privacy.doctor.diagnosis import diagnose, exit_code
 from privacy.doctor.subject import Subject
 from protocol.errors import ConfigError, SiteRefusal
+from protocol.refusals import sentence
 from simulations.doctor import observe_site
 
 RECORDS_TOO = "privacy.local={kind: example_level, target_epsilon: 8.0}"
@@ -49,9 +50,10 @@ def test_a_site_needs_two_units(configure: Callable[..., Experiment], tmp_path: 
 
 
 def test_a_refusal_is_told_with_its_reason(observe: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(*_: object) -> None:
-        raise SiteRefusal("closed", "not today")
+    def closed(*_: object, **__: object) -> None:
+        raise SiteRefusal("outside_hours", "not today")
 
     monkeypatch.setattr("client.rounds.check_policy", closed)
-    with pytest.raises(ConfigError, match=r"the examined site refuses round 1 \(closed\): not today"):
+    wanted = r"the examined site refuses round 1 \(outside_hours\): " + sentence("outside_hours")
+    with pytest.raises(ConfigError, match=wanted):
         observe()
