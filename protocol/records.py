@@ -38,7 +38,7 @@ __all__ = [
 
 _HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
 _PACKED, _SPARSE = "safetensors", "sparse:"
-_SPARSE_NAME = re.compile(_SPARSE + r"(\d{1,10}(?:x\d{1,10}){0,7}):(.+)", re.DOTALL)
+_SPARSE_NAME = re.compile(_SPARSE + r"(\d{1,10}(?:x\d{1,10}){0,7}):(.*)", re.DOTALL)
 LARGEST_MESSAGE = 1 << 31
 """Bytes; what Flower sends in one piece."""
 _FORMATS = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}

@@ -72,7 +72,7 @@ def test_a_message_is_one_array_however_many_tensors_it_has() -> None:
 
 
 def test_the_bytes_on_the_wire_are_counted() -> None:
-    sent = reply_to_record(Reply(HEADER, {"a": torch.zeros(1000)}))
+    sent = reply_to_record(Reply(HEADER, {"a": torch.ones(1000)}))
     # Eight bytes of length, then {"a":{"dtype":"F32","shape":[1000],"data_offsets":[0,4000]}} filled up to 64.
     assert payload_bytes(sent) == 4000 + 8 + 64 + len(HEADER.model_dump_json())
 
