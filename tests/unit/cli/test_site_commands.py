@@ -14,6 +14,7 @@ from client.bundles import allowed_bundles, own_bundle_digest
 from client.node import prepare_node
 from client.shim import checked
 from client.site_file import read_site_file
+from conf.schema.strategy_rules import STRATEGY_VARIANTS
 from protocol.errors import ConfigError
 
 GIVEN = ("--name", "harbor", "--epsilon", "4", "--published-records", "100")
@@ -42,7 +43,8 @@ def test_init_writes_a_file_that_says_everything(config: Path) -> None:
     assert file.policy is not None
     assert file.policy.require_approval
     assert file.policy.bases is not None, "the installed base is pinned"
-    assert file.policy.strategies == ("fedit", "ffa_lora")
+    kinds = {variant.model_fields["kind"].default for variant in STRATEGY_VARIANTS}
+    assert set(file.policy.strategies or ()) == kinds, "written out, so that a later release adds none"
     assert file.policy.quantization == ()
     written = yaml.safe_load(config.read_text())["policy"]
     assert written.keys() == type(file.policy).model_fields.keys()
