@@ -14,6 +14,7 @@ from privacy.accounting import accountant_of
 from privacy.client_level import ClientLevelPlan, bounded_weights, build_client_level_plan
 from privacy.client_release import ClientLevelRelease, ClippedSum
 from privacy.ledger import Reservation
+from privacy.mechanisms import gathered
 from privacy.randomness import SecureStream, inputs_digest
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
@@ -77,11 +78,11 @@ class Protection(Protocol):
         """Mark the round as spent, and return what was spent so far; before the new adapter is used or stored."""
         ...
 
-    def state(self) -> Mapping[str, float]:
+    def state(self) -> Mapping[str, float | str]:
         """Return what the next round needs; stored in the checkpoint."""
         ...
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Go on from what `state` returned before an interruption; `layout` is that of the updates."""
         ...
 
@@ -167,11 +168,11 @@ class NoProtection:
     def commit(self) -> None:
         """Nothing was spent here."""
 
-    def state(self) -> Mapping[str, float]:
+    def state(self) -> Mapping[str, float | str]:
         """Return nothing: cohorts follow from the seed."""
         return {}
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Nothing is carried on."""
 
     def observer(self, observe: Observer) -> Observer:
@@ -228,19 +229,27 @@ class ClientLevelProtection:
             max_participations=None if limits is None else limits.max_participations,
         )
 
-    def state(self) -> dict[str, float]:
-        """Return what a server that starts again needs beside its own ledger and keys: rounds released, and the clip
-        norm after them. Both are public.
+    def state(self) -> dict[str, float | str]:
+        """Return what a server that starts again needs beside its own ledger and keys: rounds released, the clip norm
+        after them, and the digest of what decides how rounds are released. All are public.
         """
-        return {"rounds": self._round, "clip_norm": self.clip_norm}
+        return {"rounds": self._round, "clip_norm": self.clip_norm, "inputs": self._budget.inputs}
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Go on after `state`: what the next rounds release is bit for bit what it would have been.
 
         Args:
             state: of `state`, after the last round whose adapter was stored.
             layout: of the updates.
+
+        Raises:
+            PrivacyError: sites, weights or settings are not those of the rounds before: the noise would be another.
         """
+        if state.get("inputs") != self._budget.inputs:
+            raise PrivacyError(
+                f"run {self._budget.run} cannot go on: its sites, their published_records or its privacy settings are "
+                "not those it began with, and its noise is bound to them; restore them, or start a new run"
+            )
         self._round = int(state["rounds"])
         values = sum(math.prod(spec.shape) for spec in layout.values())
         self._release = ClientLevelRelease.resumed(
@@ -313,6 +322,8 @@ class ClientLevelProtection:
         self._reservation = None
         plan, ledger = self._plan, self._budget.ledger
         epsilon_budget = ledger.budget.epsilon
+        booked = gathered(ledger.mechanisms(self._budget.run))
+        steps = sum(each.steps for each in booked)
         return PrivacyStatement(
             unit="site",
             relation=plan.relation,
@@ -324,8 +335,9 @@ class ClientLevelProtection:
             noise_multiplier=plan.noise_multiplier,
             clip_norm=self.clip_norm,
             sampling_rate=plan.sampling_rate,
-            steps_executed=self._round,
-            mechanism=plan.executed(self._round).to_json(),
+            steps_executed=self._round if plan.participation else steps,
+            mechanism=plan.whole_run.repeated(steps).to_json(),
+            mechanisms=tuple(each.to_json() for each in booked),
             insecure_seed=self._insecure_seed is not None,
         )
 
