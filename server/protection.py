@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
 
 from conf.schema.experiment import Experiment
@@ -22,14 +20,13 @@ from protocol.instructions import PrivacyStatement, ReleaseClaim, Reply, client_
 from protocol.tensors import Layout, NamedTensors, digest
 from server.budget import RunBudget, agreed_delta
 from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
-from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
+from server.discretion import discreet
+from server.events import Observer
 from server.run_directory import RunDirectory
 from strategies.base import Aggregator, Contribution, Strategy
 from strategies.objectives.local_steps import effective_steps
 
 __all__ = ["ClientLevelProtection", "NoProtection", "Protection", "protection_for"]
-
-_log = logging.getLogger(__name__)
 
 
 class Protection(Protocol):
@@ -359,7 +356,7 @@ class ClientLevelProtection:
 
     def observer(self, observe: Observer) -> Observer:
         """Keep who was asked, and who replied, out of everything that is shown or stored where cohorts are secret."""
-        return _discreet(observe) if self._plan.secret_cohort else observe
+        return discreet(observe) if self._plan.secret_cohort else observe
 
     def close(self) -> None:
         """Release the ledger's file."""
@@ -392,20 +389,3 @@ def _digest(folded: ClippedSum) -> str:
     """Return the digest of all that is released of a round, rounded so that the order of arrival does not show."""
     parts = digest({name: part.float() for name, part in folded.parts.items()})
     return inputs_digest(parts, repr(folded.count))
-
-
-def _discreet(observe: Observer) -> Observer:
-    def pass_on(event: Event) -> None:
-        match event:
-            case RoundStarted():
-                observe(replace(event, cohort=()))
-            case SiteReplied():
-                if not event.accepted:
-                    # The reason may name the site: the log would tell who was in a secret cohort.
-                    _log.warning("round %d: a reply was not used: %s", event.round, event.code)
-            case RoundFinished():
-                observe(replace(event, accepted=None, rejected=None))
-            case _:
-                observe(event)
-
-    return pass_on
