@@ -88,7 +88,7 @@ class Desk:
             _log.info("round %d of run %r: the stored reply is sent again", header.round, header.plan.run)
             return record_to_reply(decode_frame(stored)[1])
         now = self._clock()
-        check_moment(file, now)
+        check_moment(file, now, header.plan)
         check_space(file)
         check_books(file, now)
         _log.info("round %d of run %r begins", header.round, header.plan.run)

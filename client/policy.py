@@ -18,7 +18,8 @@ _UNITS = {"example_level": "record", "user_level": "user"}
 def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool = False) -> None:
     """Refuse what the site's file does not allow, and repeatable noise unless the site is `simulated`.
 
-    What it costs is `check_cost`'s, and when it may be asked `check_moment`'s.
+    What it costs is `check_cost`'s, or `claims.check_claimed_cost`'s where the server adds the noise; when it may be
+    asked is `check_moment`'s.
 
     Raises:
         SiteRefusal: with a code for the server; its message is for the site's own log.
@@ -62,8 +63,8 @@ def check_cost(site: SiteFile, privacy: PrivacyPlan) -> None:
             raise SiteRefusal(code, f"it would cost ε={epsilon:.3f}, above policy.max_{code}={limit:g}")
 
 
-def check_moment(site: SiteFile, now: datetime) -> None:
-    """Refuse what is asked outside of working hours, or after the budget's last day.
+def check_moment(site: SiteFile, now: datetime, plan: ClientPlan) -> None:
+    """Refuse what is asked outside of working hours, or after a budget's last day (in client-level runs, of either).
 
     Raises:
         SiteRefusal: `outside_hours` or `budget_expired`.
@@ -72,6 +73,9 @@ def check_moment(site: SiteFile, now: datetime) -> None:
         raise SiteRefusal("outside_hours", f"{now.isoformat()} is outside of policy.hours")
     if site.budget is not None and site.budget.expired(now):
         raise SiteRefusal("budget_expired", f"the budget expired on {site.budget.expires}, it is {now.isoformat()}")
+    whole = site.site_budget
+    if whole is not None and plan.privacy.kind == "client_level" and whole.expired(now):
+        raise SiteRefusal("budget_expired", f"site_budget expired on {whole.expires}, it is {now.isoformat()}")
 
 
 def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:

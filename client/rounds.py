@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from client.claims import check_claimed_cost
 from client.policy import check_cost, check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
@@ -70,6 +71,7 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
     check_policy(work.file, header, simulated=work.simulated)
+    check_claimed_cost(work.file, header)
     if header.unused_rounds:
         # Spent all the same: what was sent was seen.
         _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
@@ -300,6 +302,7 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
         sampling_rate=privacy.sampling.rate,
         steps_executed=account.steps,
         mechanism=privacy.mechanism(account.steps).to_json(),
+        mechanisms=tuple(each.to_json() for each in account.mechanisms),
         insecure_seed=insecure,
     )
 

@@ -152,7 +152,11 @@ class PrivacyStatement(Frozen):
     steps_executed: int = Field(ge=0)
     mechanism: dict[str, Any] | None = Field(
         default=None,
-        description="what was executed, as an accountant reads it (privacy/mechanisms.py): public constants",
+        description="the latest round's parameters with all booked steps, as an accountant reads it "
+        "(privacy/mechanisms.py): public constants",
+    )
+    mechanisms: tuple[dict[str, Any], ...] = Field(
+        default=(), description="what the ledger booked for this run, whatever it was; with each one's steps"
     )
     insecure_seed: bool = False
 

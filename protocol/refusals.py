@@ -103,7 +103,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "site: `cloister site pending`, then `cloister site approve DIGEST`; server: run it again",
     ),
     # the budget
-    "no_budget": Refusal("this site has no privacy budget", "site: set `budget` in the site file"),
+    "no_budget": Refusal(
+        "this site has no privacy budget",
+        "site: set `budget` in the site file, or `site_budget` if the server adds the noise",
+    ),
     "wrong_unit": Refusal(
         "this site's budget counts another unit than the plan protects",
         "server: example_level for records, user_level for users; site: `budget.unit`",
@@ -117,7 +120,9 @@ REFUSALS: Mapping[str, Refusal] = {
         "nothing was trained. The run cannot go on here; a higher budget is the site's decision "
         "(`cloister ledger set-budget`)",
     ),
-    "budget_expired": Refusal("this site's budget has expired", "site: a new `budget.expires`, if that is decided"),
+    "budget_expired": Refusal(
+        "this site's budget has expired", "site: a new `expires` in `budget` or `site_budget`, if that is decided"
+    ),
     "no_release_claim": Refusal(
         "the server does not say how it noises the sum, so this site cannot book it",
         "server and site differ in version, or the server is not Cloister's",
@@ -133,6 +138,10 @@ REFUSALS: Mapping[str, Refusal] = {
     "participation_limit": Refusal(
         "this site has taken part in the run as often, or as lately, as the plan's noise allows",
         "a fault of the server, which keeps to these limits itself; report it",
+    ),
+    "round_repeated": Refusal(
+        "this site has answered the round already, from other inputs or with another result",
+        "correlated noise must not lie on two sums: server: start a new run",
     ),
     # the site's own condition
     "busy": Refusal(

@@ -30,7 +30,7 @@ class Checkpoint:
     state: ServerState
     members: tuple[str, ...]
     """The sites of the run: cohorts are drawn from these."""
-    protection: Mapping[str, float] = field(default_factory=dict)
+    protection: Mapping[str, float | str] = field(default_factory=dict)
     """What the server's own privacy mechanism carries on, beside its ledger and its keys."""
     sent: Sent = field(default_factory=Sent)
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -137,11 +137,13 @@ def _over_sites(stated: Sequence[PrivacyStatement], epsilon: float, several: int
     if several == 1 or not delta:
         return epsilon
     try:
-        executed = [[SubsampledGaussian.from_json(statement.mechanism or {})] for statement in stated]
+        executed = [[SubsampledGaussian.from_json(each) for each in statement.mechanisms] for statement in stated]
     except PrivacyError:
         return None
+    if not all(executed):
+        return None
     if stated[0].unit == "site":
-        return epsilon_of(executed[0], delta, group_size=several)
+        return max(epsilon, epsilon_of(executed[0], delta, group_size=several))
     return max(epsilon, epsilon_over_sites(executed, delta, overlap=min(several, len(executed))))
 
 
