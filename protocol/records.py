@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from protocol.tensors import NamedTensors
 __all__ = [
     "card_to_record",
     "instruction_to_record",
+    "instructions_to_records",
     "payload_bytes",
     "record_to_card",
     "record_to_instruction",
@@ -39,6 +41,19 @@ _FORMATS = {"float32": "<f4", "uint8": "|u1"}
 def instruction_to_record(instruction: Instruction) -> RecordDict:
     """Return the record that carries an instruction."""
     return _record(instruction.header.model_dump_json(), instruction.tensors)
+
+
+def instructions_to_records(instructions: Mapping[str, Instruction]) -> dict[str, RecordDict]:
+    """Return each site's record. Those with the same tensors share their arrays, whatever their headers say: Flower
+    stores and sends them once."""
+    tensors = {id(each.tensors): each.tensors for each in instructions.values()}
+    arrays = {key: _arrays(each) for key, each in tensors.items()}
+    return {
+        site: RecordDict(
+            {_HEADER: ConfigRecord({_JSON: each.header.model_dump_json()}), _TENSORS: arrays[id(each.tensors)]}
+        )
+        for site, each in instructions.items()
+    }
 
 
 def record_to_instruction(record: RecordDict) -> Instruction:
@@ -91,8 +106,13 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def _record(header: str, tensors: NamedTensors) -> RecordDict:
-    arrays = OrderedDict((name, Array(tensor.detach().cpu().contiguous().numpy())) for name, tensor in tensors.items())
-    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: ArrayRecord(arrays)})
+    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: _arrays(tensors)})
+
+
+def _arrays(tensors: NamedTensors) -> ArrayRecord:
+    return ArrayRecord(
+        OrderedDict((name, Array(tensor.detach().cpu().contiguous().numpy())) for name, tensor in tensors.items())
+    )
 
 
 def _header(record: RecordDict) -> str:
