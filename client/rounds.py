@@ -102,7 +102,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     site_ledger = None if header.clip_norm is None else state.site_ledger()
     ledger = state.ledger(records.units) if privacy.is_private else None
     named: tuple[tuple[LedgerName, Ledger | None], ...] = (("records", ledger), ("site", site_ledger))
-    ledgers = {name: each for name, each in named if each is not None}
+    ledgers: dict[LedgerName, Ledger] = {name: each for name, each in named if each is not None}
     inputs = job.inputs(state.secret)
     check_ledgers(header, ledgers, inputs)
     whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, inputs)
