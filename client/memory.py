@@ -29,11 +29,15 @@ class SiteMemory:
         return load_tensors(earlier[-1])[0] if earlier else {}
 
     def keep(self, round_number: int, tensors: NamedTensors) -> None:
-        """Store what a round leaves; only the newest rounds' are kept."""
+        """Store what a round leaves, and drop what is older than a few rounds.
+
+        Later rounds stay: a server that goes on from an earlier round repeats them.
+        """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         save_tensors(self._folder / f"{round_number:06d}.safetensors", tensors)
-        for old in self._files()[:-_KEPT]:
-            old.unlink()
+        for old in self._files():
+            if int(old.stem) <= round_number - _KEPT:
+                old.unlink()
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"))

@@ -33,7 +33,7 @@ def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool =
     _check_work(site, plan, policy)
     if policy.bases is not None and header.base_digest not in policy.bases:
         raise SiteRefusal("base_not_allowed", f"the base {header.base_digest[:12]} is not among policy.bases")
-    _check_privacy(site, plan, policy, simulated)
+    _check_privacy(site, header, policy, simulated)
 
 
 def check_cost(site: SiteFile, privacy: PrivacyPlan) -> None:
@@ -102,7 +102,8 @@ def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
             raise SiteRefusal(code, f"{what} {asked} is not among policy.{name}")
 
 
-def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy, simulated: bool) -> None:
+def _check_privacy(site: SiteFile, header: InstructionHeader, policy: SitePolicy, simulated: bool) -> None:
+    plan = header.plan
     asked = local_privacy(plan.privacy)
     seeds = [each.insecure_seed for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
     if any(seed is not None for seed in seeds) and not simulated:
@@ -111,6 +112,7 @@ def _check_privacy(site: SiteFile, plan: ClientPlan, policy: SitePolicy, simulat
             "the plan makes the noise repeatable, which real sites never do; set privacy.insecure_seed=null",
         )
     clips = [each.clip_norm for each in (plan.privacy, asked) if not isinstance(each, NoPrivacy)]
+    clips += [] if header.clip_norm is None else [header.clip_norm]  # adaptive clipping moves it from the plan's
     if any(clip > policy.max_clip_norm for clip in clips):
         raise SiteRefusal(
             "clip_norm_too_large",

@@ -22,7 +22,7 @@ __all__ = ["ReplyStore"]
 
 _log = logging.getLogger(__name__)
 _NOTICES = frozenset({"plan", "unused_rounds", "ledger_heads"})
-"""Fields of a header that do not change the answer: the plan counts by its digest, the ledgers are asked about heads."""
+"""Fields of a header that do not change the answer: the plan counts by its digest, ledgers are asked about heads."""
 
 
 class ReplyStore:

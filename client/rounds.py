@@ -112,11 +112,11 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     else:
         trained, stated = train(job, job.stream(state.secret, attempt=1)), None
     state.record_diagnostics(header.round, trained.private_facts)
-    if strategy.has_memory:
-        state.memory(plan.run).keep(header.round, trained.memory)
     leaving, below_clip = outgoing(trained.update, header, work.file.name, state.left_out(plan.run))
     if whole_site is not None:
         whole_site.commit(digest(leaving))
+    if strategy.has_memory:
+        state.memory(plan.run).keep(header.round, trained.memory)
 
     return Reply(
         ReplyHeader(
@@ -191,7 +191,7 @@ def _check_rank(plan: ClientPlan, adapted: AdaptedModel, strategy: Strategy) -> 
     if adapted.config.rank < plan.peft.rank and not strategy.takes_ranks:
         raise SiteRefusal(
             "rank_above_limit",
-            f"the plan's rank {plan.peft.rank} is above this site's max_rank={adapted.config.rank}, and "
+            f"the plan's rank {plan.peft.rank} is above this site's trained_rank={adapted.config.rank}, and "
             f"strategy={plan.strategy.kind} cannot combine different ranks",
         )
 
@@ -291,13 +291,13 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
     asked = local_privacy(plan.privacy)
     insecure = not isinstance(asked, NoPrivacy) and asked.insecure_seed is not None
     account = ledger.account(plan.run)
-    budget = account.budget.epsilon
+    budget, admitted = account.budget.epsilon, account.admitted
     return PrivacyStatement(
         unit=privacy.unit,
         relation=privacy.relation,
-        # The ledger admits nothing above the budget, for any unit; disjoint data sets may add up to more.
-        epsilon_run=min(account.run.epsilon, budget),
-        epsilon_total=min(account.total.epsilon, budget),
+        # The ledger admitted nothing above that, for any unit; disjoint data sets may add up to more.
+        epsilon_run=min(account.run.epsilon, admitted),
+        epsilon_total=min(account.total.epsilon, admitted),
         epsilon_budget=budget,
         delta=privacy.delta,
         accountant=privacy.accountant if account.run.rule == "schedule" else f"{RENYI}, as a filter",

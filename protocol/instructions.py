@@ -129,6 +129,13 @@ class InstructionHeader(Frozen):
     def _client_level_clips(self) -> InstructionHeader:
         if isinstance(self.plan.privacy, ClientLevel) != (self.clip_norm is not None):
             raise ValueError("clip_norm belongs to client-level privacy, and to nothing else")
+        privacy = self.plan.privacy
+        if (
+            isinstance(privacy, ClientLevel)
+            and privacy.clipping.kind == "fixed"
+            and self.clip_norm != privacy.clip_norm
+        ):
+            raise ValueError(f"clip_norm={self.clip_norm} is not the plan's, {privacy.clip_norm}, which is fixed")
         return self
 
 
@@ -196,7 +203,7 @@ class SiteCard(Frozen):
     cloister_version: str
     site: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     published_records: int = Field(ge=1)
-    max_rank: int | None = Field(default=None, ge=1, description="the most LoRA rank that the site trains")
+    trained_rank: int | None = Field(default=None, ge=1, description="the most LoRA rank that the site trains")
 
 
 def decode_instruction(header: str, tensors: NamedTensors) -> Instruction:

@@ -64,7 +64,7 @@ def _first(grid: Grid, waiting: Iterable[str]) -> Arrival | None:
 
 def _threaded(grid: Grid, waiting: list[str], timeout_s: float, pullers: int) -> Generator[Arrival]:
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    arrived: queue.SimpleQueue[Arrival | Exception] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[Arrival | Exception | None] = queue.SimpleQueue()  # None: the time is up
     done = threading.Event()
     for identifier in waiting:
         asked.put(identifier)
@@ -92,13 +92,13 @@ def _threaded(grid: Grid, waiting: list[str], timeout_s: float, pullers: int) ->
     for number in range(pullers):
         threading.Thread(target=pull, name=f"puller-{number}", daemon=True).start()
     deadline = threading.TIMEOUT_MAX if timeout_s > threading.TIMEOUT_MAX else timeout_s
-    timer = threading.Timer(deadline, lambda: arrived.put(TimeoutError()))
+    timer = threading.Timer(deadline, lambda: arrived.put(None))
     timer.daemon = True
     timer.start()
     try:
         for _ in waiting:
             arrival = arrived.get()
-            if isinstance(arrival, TimeoutError):
+            if arrival is None:
                 return
             if isinstance(arrival, Exception):
                 raise arrival

@@ -39,7 +39,7 @@ class Member:
     @property
     def rank(self) -> int | None:
         """The most LoRA rank that the site trains; None: the plan's."""
-        return self.card.max_rank
+        return self.card.trained_rank
 
 
 def enroll(

@@ -40,6 +40,11 @@ class Protection(Protocol):
         ...
 
     @property
+    def secret_cohort(self) -> bool:
+        """Whether who was asked must not be stored."""
+        ...
+
+    @property
     def clip_norm(self) -> float | None:
         """What sites clip their update to in the next round."""
         ...
@@ -126,6 +131,7 @@ class NoProtection:
     """Sites protect themselves, or nobody does: the strategy combines what arrives."""
 
     needs_replies = True
+    secret_cohort = False
     clip_norm = None
     claim = None
 
@@ -191,8 +197,6 @@ class NoProtection:
 class ClientLevelProtection:
     """Cohorts, budget, clip norm and noise of a client-level run."""
 
-    needs_replies = False  # how many replied depends on the sites, and a round takes its noise whoever replied
-
     def __init__(
         self,
         experiment: Experiment,
@@ -210,6 +214,16 @@ class ClientLevelProtection:
         self._reservation: Reservation | None = None
         self._released = ""
         self._sum: ClippedSum | None = None
+
+    @property
+    def needs_replies(self) -> bool:
+        """Whether a round fails below `federation.min_replies`: not where who was asked, and replied, is a secret."""
+        return not self._plan.secret_cohort
+
+    @property
+    def secret_cohort(self) -> bool:
+        """Whether who was asked must not be stored."""
+        return self._plan.secret_cohort
 
     @property
     def clip_norm(self) -> float:
@@ -283,10 +297,12 @@ class ClientLevelProtection:
         before = reservation.output_digest and self._release.copy()
         released = self._noised(folded, reservation.attempt)
         if before and digest(released) != reservation.output_digest:
-            if self._plan.participation is not None:
+            if self._plan.participation is not None or self._plan.secret_cohort:
+                # Correlated noise must lie on one sum; and a second release from one secret cohort is no second sample:
+                # booked as one, it would cost more than the books say.
                 raise PrivacyError(
-                    f"round {self._round} of run {self._budget.run} was released before, with other updates: its "
-                    "correlated noise must not be used twice; start a new run, whose noise is independent"
+                    f"round {self._round} of run {self._budget.run} was released before, with other updates: neither "
+                    "correlated noise nor a secret cohort can be used twice; start a new run"
                 )
             self._release = before
             mechanism = self._plan.mechanism(self._round)

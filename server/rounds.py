@@ -200,7 +200,8 @@ def _round(
             dict(aggregator.metrics()),
         )
     )
-    unused = _still_unused(progress.unused, cohort, collected.unused, round_number)
+    # In a checkpoint these names would tell who was in a secret cohort, so such sites are not told.
+    unused = {} if protection.secret_cohort else _still_unused(progress.unused, cohort, collected.unused, round_number)
     names = tuple(member.site for member in run.members)
     nodes = {member.site: member.node_id for member in run.members}
     directory.save_checkpoint(

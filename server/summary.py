@@ -22,7 +22,8 @@ SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
-_LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
+_LOST = ("no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent")
+"""Codes after which a site may have trained: its process may have been killed, or hung, after it had reserved."""
 _WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 

@@ -100,6 +100,15 @@ class DataSource(Frozen):
     split: Name = Field(default="train", description="split of a hub dataset or of a saved DatasetDict")
 
 
+class _SitesByNumber(Frozen):
+    sites: PositiveInt
+
+    @property
+    def population(self) -> int | None:
+        """The number of sites."""
+        return self.sites
+
+
 class NaturalKeyPartition(Frozen):
     """One site per value of a column: the split the data came with."""
 
@@ -123,28 +132,30 @@ class NaturalKeyPartition(Frozen):
             raise ValueError(f"sites must be distinct; repeated: {', '.join(repeated)}")
         return sites
 
+    @property
+    def population(self) -> int | None:
+        """The number of sites where the configuration alone fixes it."""
+        return None if self.sites is None else len(self.sites)
 
-class IidPartition(Frozen):
+
+class IidPartition(_SitesByNumber):
     """Records dealt at random: every site sees the same distribution."""
 
     kind: Literal["iid"] = "iid"
-    sites: PositiveInt
 
 
-class DirichletPartition(Frozen):
+class DirichletPartition(_SitesByNumber):
     """Label skew: each label's share per site is drawn from a Dirichlet distribution (arXiv 1909.06335)."""
 
     kind: Literal["dirichlet"] = "dirichlet"
-    sites: PositiveInt
     alpha: float = Field(gt=0, description="concentration: 100 is nearly iid, 0.1 gives most sites few labels")
     label: Name = Field(default="label", description="column whose values are skewed")
 
 
-class SizeSkewedPartition(Frozen):
+class SizeSkewedPartition(_SitesByNumber):
     """Same distribution, unequal sizes: geometric from the largest site to the smallest."""
 
     kind: Literal["size_skewed"] = "size_skewed"
-    sites: PositiveInt
     ratio: float = Field(ge=1, description="records of the largest site over records of the smallest")
 
 

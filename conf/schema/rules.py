@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.schema import aggregation_rules as aggregation
+from conf.schema import codec_rules as codecs
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
 from conf.schema.strategy_rules import (
     STRATEGY_VARIANTS,
@@ -16,10 +17,10 @@ from conf.schema.strategy_rules import (
     heads_divide_the_rank,
     no_global_model,
     one_factor_needs_no_dora,
+    selection_is_no_change,
     site_ranks_need_a_strategy,
     starts_anew,
 )
-from conf.schema.wire import NF4, Lattice, SignSGD, TopK
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -66,7 +67,7 @@ def one_noise_setting(experiment: Experiment) -> str | None:
 
 def cohort_within_population(experiment: Experiment) -> str | None:
     """A cohort cannot be larger than the number of sites."""
-    federation, population = experiment.federation, simulated_population(experiment)
+    federation, population = experiment.federation, experiment.data.partition.population
     if federation.cohort_size is None or population is None or federation.cohort_size <= population:
         return None
     return (
@@ -78,7 +79,7 @@ def cohort_within_population(experiment: Experiment) -> str | None:
 def quorum_within_cohort(experiment: Experiment) -> str | None:
     """More replies than sites asked can never arrive."""
     federation = experiment.federation
-    cohort = federation.cohort_size or simulated_population(experiment)
+    cohort = federation.cohort_size or experiment.data.partition.population
     if cohort is None or federation.min_replies <= cohort:
         return None
     return (
@@ -193,79 +194,6 @@ def users_need_a_column(experiment: Experiment) -> str | None:
     return "privacy=user_level needs data.user_column, the column that names the person a record is about; it is null"
 
 
-def lattice_needs_a_sum(experiment: Experiment) -> str | None:
-    """Integers of a lattice are there to be added: a strategy that reads single updates has no use for them."""
-    strategy = experiment.strategy.kind
-    if not isinstance(experiment.quantization, Lattice) or strategy in LINEAR_STRATEGIES:
-        return None
-    return (
-        f"quantization=lattice needs a strategy that sums updates ({', '.join(LINEAR_STRATEGIES)}), not {strategy}; "
-        "use quantization=eden"
-    )
-
-
-def lattice_holds_the_cohort(experiment: Experiment) -> str | None:
-    """A sum of more updates than a lattice is made for wraps around, and each needs at least one level."""
-    lattice = experiment.quantization
-    if not isinstance(lattice, Lattice):
-        return None
-    most = 2 ** (lattice.bits - 1) - 1
-    if lattice.max_summands > most:
-        return (
-            f"quantization.max_summands={lattice.max_summands} is above {most}, what quantization.bits={lattice.bits} "
-            "can hold; use more bits, or fewer summands"
-        )
-    population = simulated_population(experiment)
-    # A Poisson cohort may be as large as the population.
-    poisson = experiment.federation.cohort_sampling == "poisson"
-    cohort = population if poisson else experiment.federation.cohort_size or population
-    if cohort is None or cohort <= lattice.max_summands:
-        return None
-    return (
-        f"quantization.max_summands={lattice.max_summands} is below the cohort of {cohort} sites, whose sum would wrap "
-        f"around; use {cohort} or more"
-    )
-
-
-def lattice_clips_as_privacy_does(experiment: Experiment) -> str | None:
-    """A lattice clips to its own norm, in public; under client-level privacy it is the norm that the noise is for."""
-    lattice, privacy = experiment.quantization, experiment.privacy
-    if not isinstance(lattice, Lattice) or not isinstance(privacy, ClientLevel):
-        return None
-    if adaptive_clipping(privacy):
-        return (
-            "quantization=lattice has one step for all rounds, and privacy.clipping.kind=adaptive moves the clip norm; "
-            "use clipping.kind=fixed, or quantization=eden"
-        )
-    if lattice.norm_bound == privacy.clip_norm:
-        return None
-    return (
-        f"quantization.norm_bound={lattice.norm_bound} is not privacy.clip_norm={privacy.clip_norm}; set "
-        f"quantization.norm_bound={privacy.clip_norm}"
-    )
-
-
-def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
-    """What a change of the adapter left out can be added later only while factors keep their meaning."""
-    quantization, strategy = experiment.quantization, experiment.strategy.kind
-    if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
-        return None
-    if quantization.downlink == "none" or strategy in LINEAR_STRATEGIES:
-        return None
-    return (
-        f"quantization.downlink=same with error feedback needs a strategy that sums updates, not {strategy}, which "
-        "makes new factors; use quantization.downlink=none, or quantization=eden"
-    )
-
-
-def simulated_population(experiment: Experiment) -> int | None:
-    """Return the number of simulated sites where the configuration alone fixes it, else None."""
-    partition = experiment.data.partition
-    if partition.kind == "natural_key":
-        return None if partition.sites is None else len(partition.sites)
-    return partition.sites
-
-
 RULES: tuple[Rule, ...] = (
     Rule(one_noise_setting, frozenset({"privacy"})),
     Rule(cohort_within_population, frozenset({"federation", "data"})),
@@ -283,11 +211,16 @@ RULES: tuple[Rule, ...] = (
     Rule(correlated_noise_needs_fixed_coordinates, frozenset({"privacy", "strategy"})),
     Rule(bands_within_separation, frozenset({"privacy"})),
     Rule(adaptive_clip_needs_independent_noise, frozenset({"privacy"})),
-    Rule(lattice_needs_a_sum, frozenset({"quantization", "strategy"})),
-    Rule(lattice_holds_the_cohort, frozenset({"quantization", "federation", "data"})),
-    Rule(lattice_clips_as_privacy_does, frozenset({"quantization", "privacy"})),
-    Rule(fed_back_changes_need_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(codecs.secret_cohorts_hold_nothing, frozenset({"quantization", "federation"})),
+    Rule(codecs.lattice_needs_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(codecs.lattice_holds_the_cohort, frozenset({"quantization", "federation", "data"})),
+    Rule(codecs.lattice_clips_as_privacy_does, frozenset({"quantization", "privacy"})),
+    Rule(codecs.fed_back_changes_need_a_sum, frozenset({"quantization", "strategy"})),
+    Rule(selection_is_no_change, frozenset({"quantization", "strategy"})),
     Rule(aggregation.fixed_coordinates, frozenset({"strategy"})),
+    Rule(aggregation.corrections_need_whole_updates, frozenset({"strategy"})),
+    Rule(aggregation.robust_needs_comparable_updates, frozenset({"strategy"})),
+    Rule(aggregation.equal_ranks_to_compare, frozenset({"strategy", "federation", "peft"})),
     Rule(aggregation.one_server_step, frozenset({"strategy"})),
     Rule(aggregation.robust_over_plain_updates, frozenset({"strategy"})),
     Rule(aggregation.robust_without_weights, frozenset({"strategy"})),
@@ -333,19 +266,6 @@ def _high_epsilon(experiment: Experiment) -> str | None:
     return None
 
 
-def _errors_that_stay(experiment: Experiment) -> str | None:
-    quantization = experiment.quantization
-    lossy = isinstance(quantization, NF4) or (
-        isinstance(quantization, SignSGD | TopK) and not quantization.error_feedback
-    )
-    if not lossy:
-        return None
-    return (
-        f"quantization={quantization.kind} is biased, and nothing feeds its errors back: they do not average out over "
-        "sites; eden has fewer bits and no bias"
-    )
-
-
 def _large_delta(experiment: Experiment) -> str | None:
     privacy = experiment.privacy
     asked = {"privacy.delta": privacy, "privacy.local.delta": local_privacy(privacy)}
@@ -357,7 +277,7 @@ def _large_delta(experiment: Experiment) -> str | None:
 
 def _few_whole_sites(experiment: Experiment) -> str | None:
     """Whole sites hide among each other: with few of them δ = 1/(10 sites) is large, and so is the noise."""
-    population = simulated_population(experiment)
+    population = experiment.data.partition.population
     if not isinstance(experiment.privacy, ClientLevel) or population is None or population >= FEW_SITES:
         return None
     return (
@@ -369,7 +289,7 @@ def _few_whole_sites(experiment: Experiment) -> str | None:
 
 def _correlation_without_rest(experiment: Experiment) -> str | None:
     """Where every site takes part in every round, correlated noise gains nothing, and a tree loses."""
-    privacy, population = experiment.privacy, simulated_population(experiment)
+    privacy, population = experiment.privacy, experiment.data.partition.population
     cohort = experiment.federation.cohort_size
     if not isinstance(privacy, ClientLevel) or privacy.noise.kind == "independent":
         return None
@@ -389,7 +309,7 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     both_factors_under_noise,
     starts_anew,
     no_global_model,
-    _errors_that_stay,
+    codecs.errors_that_stay,
     _large_delta,
     _few_whole_sites,
     _correlation_without_rest,

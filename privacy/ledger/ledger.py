@@ -81,6 +81,8 @@ class Account:
     total: Stated
     """Of all runs."""
     budget: Budget
+    admitted: float
+    """The largest ε under which anything was booked: no unit has spent more, also after the budget was lowered."""
     steps: int
     """Booked by the run."""
 
@@ -188,10 +190,12 @@ class Ledger:
             everything = frozenset(transaction.fingerprints())
             charges = charges_of(entries, everything)
             of_run = [charge for charge in charges if charge.run == run]
+            budgets = [entry.content["budget"]["epsilon"] for entry in entries if entry.kind == "reserve"]
             return Account(
                 run=self._state(entries, of_run, everything),
                 total=self._state(entries, charges, everything),
                 budget=self._budget(entries),
+                admitted=max(budgets, default=0.0),
                 steps=sum(charge.mechanism.steps for charge in of_run),
             )
 

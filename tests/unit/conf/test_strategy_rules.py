@@ -32,6 +32,10 @@ CLIENT_LEVEL = ("privacy=client_level", "privacy.target_epsilon=null", "privacy.
             ("strategy=fedsvd", "privacy=client_level_tree", "federation.cohort_size=2"),
             r"privacy\.noise\.kind=tree cancels over rounds, and the values that strategy=fedsvd sums are others",
         ),
+        (
+            ("strategy=flasc", "quantization=eden", "quantization.downlink=same"),
+            r"strategy\.download_density=0\.25 sends other entries in every round, quantization\.downlink=same their",
+        ),
     ],
 )
 def test_illegal_combinations(overrides: tuple[str, ...], problem: str) -> None:

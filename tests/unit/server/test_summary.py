@@ -3,6 +3,8 @@
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
 from conf.compose import compose_experiment
 from protocol.instructions import PrivacyStatement
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
@@ -70,8 +72,11 @@ def test_a_rejected_update_was_seen_so_its_epsilon_counts() -> None:
     assert made["rounds"][0]["rejected"] == [{"site": "south", "code": "not_finite", "reason": "w holds NaN"}]
 
 
-def test_a_lost_reply_makes_epsilon_a_lower_bound() -> None:
-    lost = SiteReplied(1, "south", False, 1, 0, code="no_reply", reason="no reply within 5 s")
+@pytest.mark.parametrize(
+    "code", ["no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent"]
+)
+def test_a_lost_reply_makes_epsilon_a_lower_bound(code: str) -> None:
+    lost = SiteReplied(1, "south", False, 1, 0, code=code, reason="no reply")
     events = (STARTED, RoundStarted(1, ("north", "south")), SiteReplied(1, "north", True, 1, 1, statement(1.0)), lost)
     assert summary(*events)["privacy"]["at_least"]
     refused = SiteReplied(1, "south", False, 1, 0, code="budget_exceeded", reason="no")
