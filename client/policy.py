@@ -90,9 +90,20 @@ def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
             raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
     if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
         raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
-    codec = plan.quantization.kind
-    if policy.quantization is not None and codec not in (*policy.quantization, "none"):
-        raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
+    for code, what, asked, allowed, name in (
+        ("objective_not_allowed", "objective", plan.strategy.objective.kind, policy.objectives, "objectives"),
+        (
+            "server_rule_not_allowed",
+            "server optimizer",
+            plan.strategy.server_optimizer.kind,
+            policy.server_optimizers,
+            "server_optimizers",
+        ),
+        ("server_rule_not_allowed", "robust rule", plan.strategy.robust.kind, policy.robust_rules, "robust_rules"),
+        ("quantization_not_allowed", "quantization", plan.quantization.kind, policy.quantization, "quantization"),
+    ):
+        if allowed is not None and asked not in (*allowed, "none"):
+            raise SiteRefusal(code, f"{what} {asked} is not among policy.{name}")
 
 
 def _check_privacy(site: SiteFile, header: InstructionHeader, policy: SitePolicy, simulated: bool) -> None:

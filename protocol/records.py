@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "LARGEST_MESSAGE",
     "card_to_record",
     "instruction_to_record",
+    "instructions_to_records",
     "payload_bytes",
     "record_to_card",
     "record_to_instruction",
@@ -50,6 +52,19 @@ _MAX_HEADER = 4 << 20
 def instruction_to_record(instruction: Instruction) -> RecordDict:
     """Return the record that carries an instruction."""
     return _record(instruction.header.model_dump_json(), instruction.tensors)
+
+
+def instructions_to_records(instructions: Mapping[str, Instruction]) -> dict[str, RecordDict]:
+    """Return each site's record. Those with the same tensors share their arrays, whatever their headers say: Flower
+    stores and sends them once."""
+    tensors = {id(each.tensors): each.tensors for each in instructions.values()}
+    arrays = {key: _arrays(each) for key, each in tensors.items()}
+    return {
+        site: RecordDict(
+            {_HEADER: ConfigRecord({_JSON: each.header.model_dump_json()}), _TENSORS: arrays[id(each.tensors)]}
+        )
+        for site, each in instructions.items()
+    }
 
 
 def record_to_instruction(record: RecordDict, most_bytes: int = LARGEST_MESSAGE) -> Instruction:
@@ -102,11 +117,15 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def _record(header: str, tensors: NamedTensors) -> RecordDict:
+    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: _arrays(tensors)})
+
+
+def _arrays(tensors: NamedTensors) -> ArrayRecord:
     arrays: OrderedDict[str, Array] = OrderedDict()
     if tensors:
         data = save(dict(_stored(name, tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()))
         arrays[_PACKED] = Array(dtype="uint8", shape=(len(data),), stype=_PACKED, data=data)
-    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: ArrayRecord(arrays)})
+    return ArrayRecord(arrays)
 
 
 def _stored(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:

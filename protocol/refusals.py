@@ -70,6 +70,14 @@ REFUSALS: Mapping[str, Refusal] = {
         "this site's policy does not allow the plan's strategy",
         "server: another `strategy`; site: `policy.strategies`",
     ),
+    "objective_not_allowed": Refusal(
+        "this site's policy does not allow the plan's objective",
+        "server: another `objective`; site: `policy.objectives`",
+    ),
+    "server_rule_not_allowed": Refusal(
+        "this site's policy does not allow how the server combines or steps",
+        "server: another `server_optimizer` or `robust`; site: `policy.server_optimizers`, `policy.robust_rules`",
+    ),
     "quantization_not_allowed": Refusal(
         "this site's policy does not allow the plan's quantization",
         "server: another `quantization`; site: `policy.quantization`",
@@ -153,6 +161,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "this site's ledger cannot be used",
         "site: `cloister ledger verify --site site.yaml`; restore the newest copy, keys and ledger.head included",
     ),
+    "ledger_set_back": Refusal(
+        "this site's ledger lacks an entry that the site stated before",
+        "site: restore the newest copy of state_directory; an older one would forget what was spent since",
+    ),
     "clock": Refusal(
         "this site's clock is behind its own ledger",
         "site: set the clock (NTP); `cloister site check` compares",
@@ -192,7 +204,7 @@ REFUSALS: Mapping[str, Refusal] = {
         "nothing: the server sends the whole adapter in its next round",
     ),
     "replay_mismatch": Refusal(
-        "this round of this run was answered already, for another instruction",
+        "this round of this run was answered already, for another instruction or on other records",
         "server: start a run under a new name; nothing more is answered for that round",
     ),
     "missing_tensor": Refusal("the adapter lacks a tensor", "model, PEFT settings or version differ"),

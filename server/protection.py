@@ -334,15 +334,15 @@ class ClientLevelProtection:
         self._budget.commit(self._reserved, self._released)
         self._reservation = None
         plan, ledger = self._plan, self._budget.ledger
-        epsilon_budget = ledger.budget.epsilon
+        account = ledger.account(self._budget.run)
         booked = gathered(ledger.mechanisms(self._budget.run))
         steps = sum(each.steps for each in booked)
         return PrivacyStatement(
             unit="site",
             relation=plan.relation,
             epsilon_run=ledger.spent(self._budget.run),
-            epsilon_total=min(ledger.spent(), epsilon_budget),
-            epsilon_budget=epsilon_budget,
+            epsilon_total=min(ledger.spent(), account.admitted),
+            epsilon_budget=account.budget.epsilon,
             delta=plan.delta,
             accountant=accountant_of([plan.whole_run]),
             noise_multiplier=plan.noise_multiplier,

@@ -126,6 +126,17 @@ class SitePolicy(Frozen):
         default=None, description="SHA-256 digests of allowed bases; null: the one at model_path, and no other"
     )
     strategies: tuple[str, ...] | None = Field(default=None, description="such as fedit; null: any")
+    objectives: tuple[str, ...] | None = Field(
+        default=None, description="what is minimized, besides the plain loss (none), such as fedprox; null: any"
+    )
+    server_optimizers: tuple[str, ...] | None = Field(
+        default=None,
+        description="how the server steps, besides none. It comes after the noise, and the server's word is all there "
+        "is for it; null: any",
+    )
+    robust_rules: tuple[str, ...] | None = Field(
+        default=None, description="how the server combines, besides none; its word, as above; null: any"
+    )
     quantization: tuple[str, ...] | None = Field(
         default=None, description="codecs an update may leave in, besides plain float32 (none); null: any"
     )

@@ -207,6 +207,28 @@ class Ledger:
         with self._journal.reading() as (transaction, entries):
             return tuple(each for each in charges_of(entries, self._concerned(transaction)) if each.run == run)
 
+    def refuses_other_inputs(self, run: str, round_number: int, inputs_digest: str) -> bool:
+        """Return whether this round of this run was committed, on any data set, and never with these inputs."""
+        with self._journal.reading() as (_, entries):
+            committed = {entry.content["reserve"] for entry in entries if entry.kind == "commit"}
+            answered = [
+                charge
+                for charge in _all_charges(entries)
+                if (charge.run, charge.round) == (run, round_number) and charge.sequence in committed
+            ]
+        return bool(answered) and all(charge.inputs_digest != inputs_digest for charge in answered)
+
+    @property
+    def head(self) -> str:
+        """The hash (hex) of the last entry. Public: it covers keyed hashes, and tells nothing that they do not."""
+        with self._journal.reading() as (_, entries):
+            return entries[-1].hash
+
+    def holds(self, head: str) -> bool:
+        """Return whether an entry has this hash: a ledger that ended there before has only been added to since."""
+        with self._journal.reading() as (_, entries):
+            return any(entry.hash == head for entry in entries)
+
     @property
     def budget(self) -> Budget:
         """The budget that holds now: the smaller of the site file's and the ledger's."""

@@ -64,6 +64,24 @@ def test_a_codec_is_refused_where_the_policy_lists_others() -> None:
     check_policy(site(), header("quantization=nf4"))
 
 
+@pytest.mark.parametrize(
+    ("override", "listed", "code"),
+    [
+        ("objective=fedprox", "objectives", "objective_not_allowed"),
+        ("server_optimizer=fedadam", "server_optimizers", "server_rule_not_allowed"),
+        ("robust=median", "robust_rules", "server_rule_not_allowed"),
+    ],
+)
+def test_objectives_and_server_rules_are_listed_or_free(override: str, listed: str, code: str) -> None:
+    asked, kind = header(override), override.split("=")[1]
+    with pytest.raises(SiteRefusal, match=f"is not among policy.{listed}") as caught:
+        check_policy(site(**{listed: []}), asked)
+    assert caught.value.code == code
+    check_policy(site(**{listed: []}), header())
+    check_policy(site(**{listed: [kind]}), asked)
+    check_policy(site(), asked)
+
+
 def plan(noise: float = 1.0, rounds: int = 4) -> PrivacyPlan:
     asked = compose_experiment((f"privacy.noise_multiplier={noise}", "privacy.target_epsilon=null"))
     assert isinstance(asked.privacy, ExampleLevel)

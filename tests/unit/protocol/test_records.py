@@ -18,6 +18,7 @@ from protocol.instructions import Instruction, InstructionHeader, Reply, ReplyHe
 from protocol.records import (
     card_to_record,
     instruction_to_record,
+    instructions_to_records,
     payload_bytes,
     record_to_card,
     record_to_instruction,
@@ -210,3 +211,15 @@ def test_a_message_without_its_parts_is_rejected(broken: RecordDict) -> None:
     with pytest.raises(ReplyRejected) as rejected:
         record_to_reply(broken)
     assert rejected.value.code == "malformed_reply"
+
+
+def test_records_of_the_same_tensors_share_their_arrays_whatever_their_headers_say() -> None:
+    plan = client_plan(compose_experiment(), "r")
+    header = InstructionHeader(round=1, plan=plan, plan_digest=plan.digest, base_digest="b", adapter_digest="a")
+    asked = Instruction(header, {"x": torch.ones(2)})
+    other = Instruction(header.model_copy(update={"ledger_heads": {"records": "a" * 64}}), asked.tensors)
+    records = instructions_to_records({"north": asked, "south": other})
+    north, south = (records[site].array_records["tensors"] for site in ("north", "south"))
+    assert north is south
+    assert record_to_instruction(records["north"]).header == asked.header
+    assert record_to_instruction(records["south"]).header.ledger_heads == {"records": "a" * 64}
