@@ -62,8 +62,9 @@ def outgoing(
     """
     plan, below_clip = header.plan, None
     codec, feeds_back = build_codec(plan.quantization), has_error_feedback(plan.quantization)
+    left_out = memory.before(header.round) if feeds_back else {}
     if feeds_back:
-        update = compensated(update, memory.before(header.round))
+        update = compensated(update, left_out)
     if header.clip_norm is not None:
         update, below_clip = _clipped(update, header.clip_norm)
     context = WireContext(plan.run, header.round, site, "up")
@@ -72,7 +73,9 @@ def outgoing(
     except ValueError as error:
         raise SiteRefusal("not_finite", f"the update cannot be encoded: {error}") from error
     if feeds_back:
-        memory.keep(header.round, residual(update, codec.decode(encoded, layout_of(update), context)))
+        left = residual(update, codec.decode(encoded, layout_of(update), context))
+        # What this round did not train waits for a round that does.
+        memory.keep(header.round, {**left_out, **left})
     return encoded, below_clip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from conf.schema.objective import FedDyn, Scaffold
 from conf.schema.privacy import ClientLevel, adaptive_clipping
 from conf.schema.wire import NF4, Lattice, SignSGD, TopK
 
@@ -11,9 +12,11 @@ if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
 
 __all__ = [
+    "books_need_exact_updates",
     "errors_that_stay",
     "fed_back_changes_need_a_sum",
     "lattice_clips_as_privacy_does",
+    "lattice_clips_in_silence",
     "lattice_holds_the_cohort",
     "lattice_needs_a_sum",
     "secret_cohorts_hold_nothing",
@@ -74,11 +77,11 @@ def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
     quantization, strategy = experiment.quantization, experiment.strategy
     if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
         return None
-    if quantization.downlink == "none" or strategy.is_linear:
+    if quantization.downlink == "none" or (strategy.is_linear and not strategy.turns_coordinates):
         return None
     return (
-        "quantization.downlink=same with error feedback needs a strategy that sums updates, not "
-        f"{strategy.kind}, which makes new factors; use quantization.downlink=none, or quantization=eden"
+        "quantization.downlink=same with error feedback needs a strategy that sums updates of the same values in every "
+        f"round, not {strategy.kind}; use quantization.downlink=none, or quantization=eden"
     )
 
 
@@ -92,6 +95,29 @@ def secret_cohorts_hold_nothing(experiment: Experiment) -> str | None:
     return (
         "quantization.downlink=same keeps a list of who took part, and federation.cohort_sampling=poisson is secret; "
         "use quantization.downlink=none"
+    )
+
+
+def books_need_exact_updates(experiment: Experiment) -> str | None:
+    """What a site books of its own update and the server of the decoded one part by a sum of errors, without bound."""
+    objective, quantization = experiment.strategy.objective, experiment.quantization
+    if not isinstance(objective, Scaffold | FedDyn) or quantization.kind == "none":
+        return None
+    return (
+        f"objective={objective.kind} with quantization={quantization.kind}: a site keeps a sum of its exact updates and "
+        "the server one of what it decodes, so that their errors add up and the run ends elsewhere; use "
+        "quantization=none, or objective=fedprox or fednova"
+    )
+
+
+def lattice_clips_in_silence(experiment: Experiment) -> str | None:
+    """Without client-level privacy nobody asked for the clip norm that a lattice has."""
+    lattice = experiment.quantization
+    if not isinstance(lattice, Lattice) or isinstance(experiment.privacy, ClientLevel):
+        return None
+    return (
+        f"quantization=lattice clips every update to quantization.norm_bound={lattice.norm_bound}; set it above the "
+        "norms of the updates, which a run without quantization reports"
     )
 
 

@@ -60,14 +60,16 @@ class NormBound(Frozen):
 
     kind: Literal["norm_bound"] = "norm_bound"
     max_norm: float = Field(default=1.0, gt=0, description="L2 norm that an update keeps at most")
-    distance: Distance = Field(default="product", description="norm of the change of BA, or of the factors themselves")
+    distance: Distance = Field(
+        default="product", description="norm of the factors and the change of BA together, or of the factors alone"
+    )
 
 
 class _Rule(Frozen):
     attackers: int = Field(default=1, ge=0, description="f: the most sites that may send anything")
     distance: Distance = Field(
         default="product",
-        description="between the products BA, or between the factors, which many pairs share for one product",
+        description="between the factors and the products BA together, or between the factors alone",
     )
     mixing: Mixing = NoMixing()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
+from conf.schema.objective import FedDyn, QFedAvg, Scaffold
 from conf.schema.privacy import ClientLevel
+from conf.schema.robust import NoRobustness
 from conf.schema.strategy import FLASC, Strategy
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ __all__ = [
     "heads_divide_the_rank",
     "no_global_model",
     "one_factor_needs_no_dora",
+    "one_rank_because_of",
     "selection_is_no_change",
     "site_ranks_need_a_strategy",
     "starts_anew",
@@ -67,7 +70,27 @@ def site_ranks_need_a_strategy(experiment: Experiment) -> str | None:
             f"federation.site_ranks={list(ranks)} has ranks below peft.rank={rank}, which strategy={strategy.kind} "
             f"cannot combine; use one of {takers}"
         )
+    reason = one_rank_because_of(strategy)
+    if reason is not None:
+        return (
+            f"federation.site_ranks={list(ranks)} has ranks below peft.rank={rank}, and {reason} needs updates of one "
+            f"shape; use ranks of {rank} or more, or leave it out"
+        )
+    least = min(ranks)
+    if strategy.rank_within(rank, least) == 0:
+        return (
+            f"federation.site_ranks={list(ranks)} has a rank of {least}, and strategy={strategy.kind} needs "
+            f"{rank // strategy.cores} for a single core (peft.rank={rank} / strategy.heads={strategy.cores}); use "
+            "higher ranks, or more heads"
+        )
     return None
+
+
+def one_rank_because_of(strategy: Any) -> str | None:
+    """Return what holds or sums whole updates, as `group=kind`; None where sites may train at lower ranks."""
+    if isinstance(strategy.objective, Scaffold | FedDyn | QFedAvg):
+        return f"objective={strategy.objective.kind}"
+    return None if isinstance(strategy.robust, NoRobustness) else f"robust={strategy.robust.kind}"
 
 
 def correlated_noise_needs_fixed_coordinates(experiment: Experiment) -> str | None:

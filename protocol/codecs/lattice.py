@@ -99,8 +99,9 @@ class Lattice:
 
     def encode(self, tensors: NamedTensors, context: WireContext, generator: torch.Generator) -> Encoded:
         """Return packed residues; see `Codec.encode`."""
-        values = value_count(tensors)
-        return frame(_TAG, values, pack(self.residues(tensors, context, generator), self.bits))
+        values, residues = value_count(tensors), self.residues(tensors, context, generator)
+        narrow = residues.astype(np.uint8) if self.bits <= 8 else residues  # what `pack` takes
+        return frame(_TAG, values, pack(narrow, self.bits))
 
     def decode(self, encoded: Encoded, layout: Layout, context: WireContext) -> dict[str, torch.Tensor]:
         """Return the tensors; see `Codec.decode`."""

@@ -37,8 +37,10 @@ class Drift:
         self._weight = 0.0
 
     def accumulate(self, contribution: Contribution) -> None:
-        """Fold the product of one site's factors."""
+        """Fold the product of one site's factors, of the layers where both were trained."""
         for layer in self._layers:
+            if layer.zero not in contribution.update or layer.random not in contribution.update:
+                continue
             after = {name: trained_tensor(contribution, self._adapter, name) for name in (layer.zero, layer.random)}
             left, right = layer.read(after, torch.float32)
             seen = left @ (right @ self._directions[right.shape[1]])
@@ -50,6 +52,8 @@ class Drift:
         """Return ‖Σ pₖ BₖAₖ - B̄Ā‖ / ‖Σ pₖ BₖAₖ‖, given B̄ and Ā; 0 where the products are zero."""
         gap = size = 0.0
         for layer in self._layers:
+            if layer.module not in self._products:
+                continue
             product = self._products[layer.module] / self._weight
             gap += float((product - self._seen(layer, mean)).square().sum())
             size += float(product.square().sum())

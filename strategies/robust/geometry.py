@@ -1,7 +1,9 @@
-"""Inner products between updates: of the change of each product BA, or of the factors as they are.
+"""Inner products between updates: of the factors, and of the change of each product BA beside them.
 
-Many pairs of factors have one product: (BQ)(Q⁻¹A) = BA. So the distance between two sites' factors says little, and
-distances are measured between the changes of the products, Dₖ = (B+dBₖ)(A+dAₖ) - BA = dBₖ (A+dAₖ) + B dAₖ. With
+What a model computes is the product, Dₖ = (B+dBₖ)(A+dAₖ) - BA = dBₖ (A+dAₖ) + B dAₖ, and what a rule averages are the
+factors. Many pairs of factors have one product, (BQ)(Q⁻¹A) = BA, so neither is enough: an attacker that sends an honest
+product in factors of any size would pass a judge of products, and ruin the mean of the factors. Both count, as one
+vector: ‖xₖ - xⱼ‖² = ‖Dₖ - Dⱼ‖² + ‖dBₖ - dBⱼ‖² + ‖dAₖ - dAⱼ‖², which bounds each part. With
 Lₖ = [dBₖ, B] and Rₖ = [A+dAₖ; dAₖ] that is Dₖ = Lₖ Rₖ, and ⟨Dₖ, Dⱼ⟩ = Σ (Lₖᵀ Lⱼ) ∘ (Rₖ Rⱼᵀ): two 2r x 2r matrices,
 never a dense product. Tensors that are no factor (a head, a magnitude) enter with their plain inner product. LoRA's
 scale s is left out: it is the same for every layer, so that only layers against heads are weighed differently by it.
@@ -34,17 +36,15 @@ def gram(updates: Sequence[NamedTensors], starts: Sequence[NamedTensors], *, pro
     Args:
         updates: one per site, of the same names and shapes.
         starts: the whole adapter that each started from.
-        products: measure the changes of BA; False: the factors.
+        products: add the inner products of the changes of BA to those of the factors; False: the factors alone.
     """
     names = sorted(updates[0])
     pairs = _pairs(starts[0]) if products else ()
     moved = [pair for pair in pairs if pair.left in updates[0] or pair.right in updates[0]]
-    of_pairs = {name for pair in moved for name in (pair.left, pair.right)}
     total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for name in names:
-        if name not in of_pairs:
-            flat = torch.stack([update[name].flatten() for update in updates]).double()
-            total += flat @ flat.T
+        flat = torch.stack([update[name].flatten() for update in updates]).double()
+        total += flat @ flat.T
     for pair in moved:
         total += _of_pair(pair, updates, starts)
     return total
