@@ -43,6 +43,7 @@ class Desk:
         """
         self._site, self._clock = site, clock
         folder, serve = Path(site.file.state_directory), site.file.serve
+        self._most_bytes = serve.max_message_mib << 20
         self._approvals = Approvals(folder / "approvals", clock)
         self._replies = ReplyStore(
             folder / "replies",
@@ -66,7 +67,7 @@ class Desk:
             _log.warning("site %s refuses with %s: %s", site.file.name, refusal.code, refusal)
             return encode_frame(ANSWER, refusal_record(refusal.code, site.file.name))
         try:
-            return encode_frame(ANSWER, answer_at_door(site, kind, record, self._handle))
+            return encode_frame(ANSWER, answer_at_door(site, kind, record, self._handle, self._most_bytes))
         finally:
             self._at_work.release()
 

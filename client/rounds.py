@@ -13,6 +13,7 @@ from client.units import Units
 from client.whole_site import WholeSite
 from client.wire import outgoing, received
 from conf.schema.federation import LocalTraining
+from conf.schema.objective import FedDyn, Scaffold
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
@@ -79,6 +80,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
     state, training = work.state(), _own_training(plan, work.file)
+    if isinstance(plan.strategy.objective, Scaffold | FedDyn):
+        # The server's books lack these rounds, and a site's own must agree with them.
+        state.memory(plan.run).forget(header.unused_rounds)
     memory = state.memory(plan.run).before(header.round) if strategy.has_memory else {}
     local = _local_round(instruction, adapted, strategy, training, state)
     records = work.records(adapted, asked, state.secret)
@@ -185,7 +189,7 @@ def _check_rank(plan: ClientPlan, adapted: AdaptedModel, strategy: Strategy) -> 
     if adapted.config.rank < plan.peft.rank and not strategy.takes_ranks:
         raise SiteRefusal(
             "rank_above_limit",
-            f"the plan's rank {plan.peft.rank} is above this site's max_rank={adapted.config.rank}, and "
+            f"the plan's rank {plan.peft.rank} is above this site's trained_rank={adapted.config.rank}, and "
             f"strategy={plan.strategy.kind} cannot combine different ranks",
         )
 

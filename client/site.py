@@ -64,7 +64,7 @@ class Site:
             cloister_version=version("cloister"),
             site=file.name,
             published_records=file.published_records,
-            max_rank=file.max_rank,
+            trained_rank=file.trained_rank,
         )
 
     def handle(self, instruction: Instruction) -> Reply:
@@ -100,9 +100,11 @@ class Site:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
         model = plan.model.model_copy(update={"path": self.file.model_path, "revision": None})
         base = load_base(model, self.file.task, self.file.runtime.device)
-        rank = plan.strategy.rank_within(plan.peft.rank, self.file.max_rank)
+        rank = plan.strategy.rank_within(plan.peft.rank, self.file.trained_rank)
         if rank == 0:
-            raise SiteRefusal("rank_above_limit", f"not even a part of the plan fits max_rank={self.file.max_rank}")
+            raise SiteRefusal(
+                "rank_above_limit", f"not even a part of the plan fits trained_rank={self.file.trained_rank}"
+            )
         return attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
 
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:

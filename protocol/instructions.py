@@ -189,7 +189,7 @@ class SiteCard(Frozen):
     cloister_version: str
     site: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     published_records: int = Field(ge=1)
-    max_rank: int | None = Field(default=None, ge=1, description="the most LoRA rank that the site trains")
+    trained_rank: int | None = Field(default=None, ge=1, description="the most LoRA rank that the site trains")
 
 
 def decode_instruction(header: str, tensors: NamedTensors) -> Instruction:

@@ -141,7 +141,7 @@ def judged(
     bytes_up, stated, refused = 0, None, False
     try:
         bytes_up = payload_bytes(message.content)
-        reply = record_to_reply(message.content)
+        reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
         # The update was seen, so what it cost counts, whether or not it is used.
         stated, refused = reply.header.privacy, reply.header.status == "refused"
         reply = _verified(reply, site, instruction, expected)

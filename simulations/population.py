@@ -111,7 +111,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
 def _ranked(file: SiteFile, experiment: Experiment, position: int) -> SiteFile:
     """Return the file of the site at `position` with its rank of `federation.site_ranks`."""
     ranks = experiment.federation.site_ranks
-    return file if ranks is None else file.model_copy(update={"max_rank": ranks[position % len(ranks)]})
+    return file if ranks is None else file.model_copy(update={"trained_rank": ranks[position % len(ranks)]})
 
 
 def _budget(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import assert_never
+from typing import Any, assert_never
 
 from conf.schema import objective as objectives
 from conf.schema import server_optimizer as optimizers
@@ -18,6 +18,7 @@ from strategies.lora.fedrot import fedrot
 from strategies.lora.fedsa import fedsa
 from strategies.lora.fedsvd import fedsvd
 from strategies.lora.ffa_lora import ffa_lora
+from strategies.lora.flasc import flasc
 from strategies.lora.flexlora import flexlora
 from strategies.lora.flora import flora
 from strategies.lora.hetlora import hetlora
@@ -34,26 +35,27 @@ from strategies.server_optimizers.optimized import OptimizedServer
 
 __all__ = ["STRATEGIES", "build_strategy"]
 
-STRATEGIES: dict[type[schema.Strategy], Callable[[], Strategy]] = {
-    schema.FedIT: fedit,
-    schema.FFALoRA: ffa_lora,
-    schema.RoLoRA: rolora,
-    schema.FedSALoRA: fedsa,
-    schema.FedSVD: fedsvd,
-    schema.FedRot: fedrot,
-    schema.FLoRA: flora,
-    schema.FedEx: fedex,
-    schema.FlexLoRA: flexlora,
-    schema.HetLoRA: hetlora,
-    schema.FedSB: fedsb,
-    schema.Ravan: ravan,
+STRATEGIES: dict[type[schema.Strategy], Callable[[Any], Strategy]] = {
+    schema.FedIT: lambda config: fedit(),
+    schema.FFALoRA: lambda config: ffa_lora(),
+    schema.RoLoRA: lambda config: rolora(),
+    schema.FedSALoRA: lambda config: fedsa(),
+    schema.FedSVD: lambda config: fedsvd(),
+    schema.FedRot: lambda config: fedrot(),
+    schema.FLASC: lambda config: flasc(config.download_density, config.upload_density),
+    schema.FLoRA: lambda config: flora(),
+    schema.FedEx: lambda config: fedex(),
+    schema.FlexLoRA: lambda config: flexlora(),
+    schema.HetLoRA: lambda config: hetlora(),
+    schema.FedSB: lambda config: fedsb(),
+    schema.Ravan: lambda config: ravan(),
 }
 
 
 def build_strategy(config: schema.Strategy) -> Strategy:
     """Return the algorithm that a validated configuration names, wrapped from the inside out: the server's optimizer,
     its robust rule, the sites' objective."""
-    strategy = STRATEGIES[type(config)]()
+    strategy = STRATEGIES[type(config)](config)
     return _with_objective(_robust(_optimized(strategy, config), config), config)
 
 

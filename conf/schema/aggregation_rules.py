@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from conf.schema.federation import SGD, Buffered
 from conf.schema.objective import FedDyn, FedNova, FedProx, NoObjective, QFedAvg, Scaffold
 from conf.schema.privacy import ClientLevel, NoPrivacy, local_privacy
 from conf.schema.robust import FLTrust, NormBound, NoRobustness, replies_needed
 from conf.schema.server_optimizer import NoServerOptimizer
+from conf.schema.strategy_rules import STRATEGY_VARIANTS
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -16,27 +18,35 @@ if TYPE_CHECKING:
 __all__ = [
     "ADDING_STRATEGIES",
     "buffered_needs_plain_updates",
+    "corrections_need_whole_updates",
+    "equal_ranks_to_compare",
     "fair_weights_need_a_loss",
     "fixed_coordinates",
+    "no_reply_to_spare",
     "objective_fits_optimizer",
     "objective_within_client_level",
     "one_server_step",
     "robust_is_no_sum",
+    "robust_needs_comparable_updates",
     "robust_needs_replies",
     "robust_over_plain_updates",
     "robust_without_weights",
     "root_needs_held_out_records",
 ]
 
-ADDING_STRATEGIES = ("fedit", "ffa_lora")
+ADDING_STRATEGIES: tuple[str, ...] = tuple(
+    variant.model_fields["kind"].default
+    for variant in STRATEGY_VARIANTS
+    if variant.is_linear and not variant.turns_coordinates
+)
 """Kinds whose server adds the mean update to the adapter: a coordinate means the same in every round and at every
-site, so that momentum, control variates, distances and medians make sense."""
+site, so that momentum makes sense."""
 
 
 def fixed_coordinates(experiment: Experiment) -> str | None:
     """What remembers or compares coordinates needs a strategy that leaves them where they are."""
     strategy = experiment.strategy
-    if strategy.kind in ADDING_STRATEGIES:
+    if strategy.adds:
         return None
     chosen = [
         f"{group}={choice.kind}"
@@ -52,6 +62,52 @@ def fixed_coordinates(experiment: Experiment) -> str | None:
     return (
         f"{', '.join(chosen)}: strategy={strategy.kind} changes what the adapter's coordinates mean between rounds; "
         f"use strategy={' or '.join(ADDING_STRATEGIES)}"
+    )
+
+
+def corrections_need_whole_updates(experiment: Experiment) -> str | None:
+    """SCAFFOLD's and FedDyn's server works out from an update what a site's steps did."""
+    strategy = experiment.strategy
+    if not strategy.adds or strategy.sends_difference or not isinstance(strategy.objective, Scaffold | FedDyn):
+        return None
+    whole = _kinds(lambda variant: variant.sends_difference)
+    return (
+        f"objective={strategy.objective.kind} reads a site's steps out of its update, and with "
+        f"strategy={strategy.kind} that is not all that the site changed; use strategy={whole}, or objective="
+        "none, fedprox, fednova or qfedavg"
+    )
+
+
+def robust_needs_comparable_updates(experiment: Experiment) -> str | None:
+    """A robust rule tells attackers from others by comparing their updates."""
+    strategy = experiment.strategy
+    if not strategy.adds or not strategy.incomparable or isinstance(strategy.robust, NoRobustness):
+        return None
+    return (
+        f"robust={strategy.robust.kind} compares updates, and with strategy={strategy.kind} {strategy.incomparable}; "
+        f"use strategy={_kinds(lambda variant: not variant.incomparable)}, or robust=none"
+    )
+
+
+def equal_ranks_to_compare(experiment: Experiment) -> str | None:
+    """Control variates and distances are between tensors of one size."""
+    strategy, ranks, rank = experiment.strategy, experiment.federation.site_ranks, experiment.peft.rank
+    if ranks is None or all(each >= rank for each in ranks):
+        return None
+    if isinstance(strategy.robust, NoRobustness) and not isinstance(strategy.objective, Scaffold | FedDyn):
+        return None
+    return (
+        f"federation.site_ranks={list(ranks)} with robust={strategy.robust.kind}, objective="
+        f"{strategy.objective.kind}: updates of different sizes cannot be compared; use federation.site_ranks=null"
+    )
+
+
+def _kinds(fits: Callable[[Any], bool]) -> str:
+    """Return the adding strategies that fit, as a message lists them."""
+    return " or ".join(
+        variant.model_fields["kind"].default
+        for variant in STRATEGY_VARIANTS
+        if variant.is_linear and not variant.turns_coordinates and fits(variant)
     )
 
 
@@ -109,6 +165,20 @@ def robust_needs_replies(experiment: Experiment) -> str | None:
     )
 
 
+def no_reply_to_spare(experiment: Experiment) -> str | None:
+    """A rule's own need is a quorum: where it takes the whole cohort, one site that is late ends the run."""
+    robust, cohort = experiment.strategy.robust, _cohort(experiment)
+    if isinstance(robust, NoRobustness | NormBound) or cohort is None:
+        return None
+    quorum = max(experiment.federation.min_replies, replies_needed(robust))
+    if cohort != quorum or quorum == 1:
+        return None
+    return (
+        f"robust={robust.kind} needs a valid reply of all {cohort} sites in every round, and the run ends at the first "
+        "round that lacks one, after sites have spent their ε; ask more sites, or lower strategy.robust.attackers"
+    )
+
+
 def robust_is_no_sum(experiment: Experiment) -> str | None:
     """What one site changes of a median or a selection is not bounded by its clip norm."""
     robust = experiment.strategy.robust
@@ -134,13 +204,13 @@ def objective_within_client_level(experiment: Experiment) -> str | None:
 
 
 def objective_fits_optimizer(experiment: Experiment) -> str | None:
-    """SCAFFOLD and FedNova read a mean gradient out of an update, which AdamW does not allow."""
+    """SCAFFOLD, FedNova and q-FedAvg read a mean gradient out of an update, which AdamW does not allow."""
     objective, optimizer = experiment.strategy.objective, experiment.federation.local.optimizer
-    if not isinstance(objective, Scaffold | FedNova) or isinstance(optimizer, SGD):
+    if not isinstance(objective, Scaffold | FedNova | QFedAvg) or isinstance(optimizer, SGD):
         return None
     return (
-        f"objective={objective.kind} divides an update by the steps behind it, which says nothing under "
-        f"federation.local.optimizer.kind={optimizer.kind}; use sgd (momentum is accounted for)"
+        f"objective={objective.kind} divides an update by the steps or the learning rate behind it, which says "
+        f"nothing under federation.local.optimizer.kind={optimizer.kind}; use sgd (momentum is accounted for)"
     )
 
 
@@ -176,7 +246,7 @@ def buffered_needs_plain_updates(experiment: Experiment) -> str | None:
             f"{begun} with privacy=client_level: who is in a buffer depends on how fast sites are, which no accounting "
             "covers; use federation.mode.kind=synchronous"
         )
-    if strategy.kind not in ADDING_STRATEGIES:
+    if not strategy.adds:
         return (
             f"{begun} adds updates from older adapters to a newer one, which strategy={strategy.kind} does not allow; "
             f"use strategy={' or '.join(ADDING_STRATEGIES)}"

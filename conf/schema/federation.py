@@ -110,7 +110,7 @@ class Federation(Frozen):
     site_ranks: tuple[int, ...] | None = Field(
         default=None,
         description="most LoRA rank of each simulated site, in the order of their names, from the start again when the "
-        "list ends; null: peft.rank. Real sites set max_rank",
+        "list ends; null: peft.rank. Real sites set trained_rank",
     )
     site_epsilon: float | None = Field(
         default=None,

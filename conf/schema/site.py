@@ -161,7 +161,7 @@ class SiteServe(Frozen):
         description="tcp: a loopback port and a token, both in a file in place of the socket; auto: tcp where there "
         "are no Unix sockets",
     )
-    max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction")
+    max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction, unpacked")
     stop_grace_s: float = Field(default=30.0, ge=0, description="how long a stop waits for a round under way")
     min_free_mib: int = Field(default=64, ge=0, description="of state_directory's disk; below it nothing is started")
     keep_replies: int = Field(default=64, ge=0, description="the latest, to repeat an answer that was lost on its way")
@@ -209,11 +209,12 @@ class SiteFile(Frozen):
     task: Task = Field(
         default=CausalLM(), description="the only task this site trains: a plan that chose labels could test for them"
     )
-    max_rank: int | None = Field(
+    trained_rank: int | None = Field(
         default=None,
         ge=1,
         description="the most LoRA rank this site trains; of a larger adapter it gets a cut, where the strategy "
-        "can combine ranks. null: whatever a plan asks. The server is told",
+        "can combine ranks; what is refused outright is policy.max_rank. null: "
+        "whatever a plan asks. The server is told",
     )
     ledger: str | None = Field(
         default=None,

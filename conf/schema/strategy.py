@@ -10,6 +10,7 @@ from conf.schema.robust import NoRobustness, Robust
 from conf.schema.server_optimizer import NoServerOptimizer, ServerOptimizer
 
 __all__ = [
+    "FLASC",
     "FFALoRA",
     "FLoRA",
     "FedEx",
@@ -43,6 +44,15 @@ class _Averaging(Frozen):
     """Whether what rank r cannot hold is folded into the base."""
     takes_ranks: ClassVar[bool] = False
     """Whether sites may train at lower ranks than the plan's."""
+    sends_difference: ClassVar[bool] = True
+    """Whether a site sends trained minus received of all that it trains, so that an update tells what its steps did."""
+    incomparable: ClassVar[str] = ""
+    """Why two sites' updates cannot be compared with each other; empty: they can."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether the server adds the mean update to an adapter whose coordinates mean the same in every round."""
+        return self.is_linear and not self.turns_coordinates
 
     @property
     def cores(self) -> int:
@@ -92,6 +102,8 @@ class FedSALoRA(_Averaging):
     """Share A; every site keeps a B of its own, so there is no global model (Guo et al. 2025, arXiv 2410.01463)."""
 
     kind: Literal["fedsa"] = "fedsa"
+    sends_difference: ClassVar[bool] = False
+    incomparable: ClassVar[str] = "every site has another B, and what its A does depends on it"
 
 
 class FedSVD(_Averaging):
@@ -107,6 +119,22 @@ class FedRot(_Averaging):
     """Average both factors, rotated by each site onto the received ones first (2026, arXiv 2602.23638)."""
 
     kind: Literal["fedrot"] = "fedrot"
+    sends_difference: ClassVar[bool] = False
+
+
+class FLASC(_Averaging):
+    """Average both factors; send the largest values alone, both ways (Kuo et al. 2024, arXiv 2406.05233)."""
+
+    kind: Literal["flasc"] = "flasc"
+    sends_difference: ClassVar[bool] = False
+    incomparable: ClassVar[str] = "every site sends other entries, and most of what would be compared is zero"
+
+    download_density: float = Field(
+        default=1.0, gt=0, le=1, description="share of the factors' values that a site is sent; 1: all of them"
+    )
+    upload_density: float = Field(
+        default=1.0, gt=0, le=1, description="share of the factors' changes that a site sends; 1: all of them"
+    )
 
 
 class FLoRA(_Averaging):
@@ -159,6 +187,7 @@ class Ravan(_Averaging):
     """Train several cores with a scale each (Raje et al. 2025, arXiv 2506.05568) between factors from the seed."""
 
     kind: Literal["ravan"] = "ravan"
+    sends_difference: ClassVar[bool] = False
     trains: ClassVar[Trains] = "cores"
     takes_ranks: ClassVar[bool] = True
 
@@ -176,6 +205,6 @@ class Ravan(_Averaging):
 
 
 Strategy = Annotated[
-    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLoRA | FedEx | FlexLoRA | HetLoRA | FedSB | Ravan,
+    FedIT | FFALoRA | RoLoRA | FedSALoRA | FedSVD | FedRot | FLASC | FLoRA | FedEx | FlexLoRA | HetLoRA | FedSB | Ravan,
     Field(discriminator="kind"),
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from conf.schema.objective import FedDyn, QFedAvg, Scaffold
 from conf.schema.privacy import ClientLevel
 from conf.schema.robust import NoRobustness
-from conf.schema.strategy import Strategy
+from conf.schema.strategy import FLASC, Strategy
 
 if TYPE_CHECKING:
     from conf.schema.experiment import Experiment
@@ -21,6 +21,7 @@ __all__ = [
     "no_global_model",
     "one_factor_needs_no_dora",
     "one_rank_because_of",
+    "selection_is_no_change",
     "site_ranks_need_a_strategy",
     "starts_anew",
 ]
@@ -100,6 +101,19 @@ def correlated_noise_needs_fixed_coordinates(experiment: Experiment) -> str | No
     return (
         f"privacy.noise.kind={privacy.noise.kind} cancels over rounds, and the values that strategy={strategy.kind} "
         "sums are others in every round; use noise.kind=independent, or strategy=ffa_lora"
+    )
+
+
+def selection_is_no_change(experiment: Experiment) -> str | None:
+    """The entries that FLASC sends are others in every round, so there is no last one to send a change of."""
+    strategy = experiment.strategy
+    if not isinstance(strategy, FLASC) or strategy.download_density == 1:
+        return None
+    if getattr(experiment.quantization, "downlink", "none") == "none":
+        return None
+    return (
+        f"strategy.download_density={strategy.download_density:g} sends other entries in every round, "
+        "quantization.downlink=same their change; use quantization.downlink=none, or strategy.download_density=1"
     )
 
 

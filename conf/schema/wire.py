@@ -30,7 +30,7 @@ class NoSecureAggregation(Frozen):
 
 
 class NoQuantization(Frozen):
-    """Tensors travel as little-endian float32, both ways."""
+    """Tensors travel as little-endian float32, both ways; without their zeros where that takes fewer bytes."""
 
     kind: Literal["none"] = "none"
 

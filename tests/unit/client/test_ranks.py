@@ -13,12 +13,12 @@ Make = Callable[..., Any]
 
 
 def limited(site: Site, rank: int) -> Site:
-    return Site(site.file.model_copy(update={"max_rank": rank}), rows=site._read, simulated=True)
+    return Site(site.file.model_copy(update={"trained_rank": rank}), rows=site._read, simulated=True)
 
 
 def test_the_card_tells_the_limit(make_site: Make, small: Make) -> None:
-    assert make_site(small()).card().max_rank is None
-    assert limited(make_site(small()), 2).card().max_rank == 2
+    assert make_site(small()).card().trained_rank is None
+    assert limited(make_site(small()), 2).card().trained_rank == 2
 
 
 @pytest.mark.parametrize(("strategy", "rank"), [("fedit", 2), ("rolora", 7), ("ravan", 1)])

@@ -3,8 +3,9 @@
 import pytest
 
 from conf.compose import InvalidConfiguration, compose_experiment
-from conf.schema.aggregation_rules import fixed_coordinates
-from conf.schema.strategy import FedIT
+from conf.schema.aggregation_rules import ADDING_STRATEGIES, fixed_coordinates
+from conf.schema.rules import warnings_for
+from conf.schema.strategy import RoLoRA
 
 CLIENT_LEVEL = ("privacy=client_level",)
 SIX = ("data.partition={kind:iid,sites:6}",)
@@ -29,11 +30,36 @@ REFUSED = [
     ),
     (
         ("objective=scaffold", "federation.local.optimizer.kind=adamw"),
-        "objective=scaffold divides an update by the steps behind it, which says nothing under",
+        "objective=scaffold divides an update by the steps or the learning rate behind it",
     ),
     (("objective=qfedavg",), "may not leave under privacy=example_level; set privacy.loss_noise_multiplier"),
     (("objective=qfedavg", "privacy=none"), "federation.release_training_loss=false keeps it"),
     (("robust=fltrust", "evaluation.every=0"), "evaluation.every=0 reads none"),
+    (
+        ("strategy=rolora", "server_optimizer=fedadam"),
+        "strategy=rolora changes what .* use strategy=fedit or ffa_lora or",
+    ),
+    (("strategy=fedsvd", "objective=fednova"), "objective=fednova: strategy=fedsvd changes what"),
+    (
+        ("strategy=flasc", "objective=scaffold"),
+        "with strategy=flasc that is not all that the site changed; use strategy=",
+    ),
+    (("strategy=fedsa", "objective=feddyn"), "with strategy=fedsa that is not all that the site changed"),
+    (("strategy=fedrot", "objective=scaffold"), "use strategy=fedit or ffa_lora or fedsb, or objective=none"),
+    (("strategy=ravan", "objective=feddyn"), "with strategy=ravan that is not all"),
+    (("strategy=flasc", "robust=median"), "with strategy=flasc every site sends other entries"),
+    (("strategy=fedsa", "robust=krum"), "with strategy=fedsa every site has another B"),
+    (("strategy=ffa_lora", "robust=median", "federation.site_ranks=[8,2]"), "updates of different sizes cannot be"),
+    (
+        ("objective=qfedavg", "federation.local.optimizer.kind=adamw"),
+        "objective=qfedavg divides an update by the steps or the learning rate behind it",
+    ),
+    (("objective=scaffold", "quantization=eden"), "objective=scaffold with quantization=eden: a site keeps a sum of"),
+    (("objective=feddyn", "quantization=bf16"), "objective=feddyn with quantization=bf16: a site keeps a sum of"),
+    *(
+        (("strategy=ffa_lora", choice, "peft.rank=8", "federation.site_ranks=[8,2]"), f"and {choice} needs updates of")
+        for choice in ("objective=scaffold", "objective=feddyn", "objective=qfedavg", "robust=median")
+    ),
     (("robust=krum", "strategy.robust.selected=2"), "strategy.robust.selected is not a known key"),
 ]
 
@@ -41,12 +67,17 @@ ALLOWED = [
     ("robust=bulyan", "data.partition={kind:iid,sites:7}"),
     ("robust=krum", "objective=fedprox", "server_optimizer=fedadam"),
     ("objective=fedprox", *CLIENT_LEVEL),
+    ("objective=fedprox", "strategy=ffa_lora", "peft.rank=8", "federation.site_ranks=[8,2]"),
     ("server_optimizer=fedyogi", *CLIENT_LEVEL),
     ("objective=qfedavg", "privacy=none", "federation.release_training_loss=true"),
     ("objective=qfedavg", "privacy.loss_noise_multiplier=10"),
     ("objective=scaffold", "server_optimizer=fedavgm"),
     ("objective=fednova", "federation.local.optimizer.momentum=0.9"),
     ("robust=median", "strategy.robust.mixing.kind=nearest_neighbors"),
+    *((f"strategy={kind}", "server_optimizer=fedadam") for kind in ADDING_STRATEGIES),
+    *((f"strategy={kind}", "objective=fednova") for kind in ADDING_STRATEGIES),
+    ("strategy=fedsb", "objective=scaffold"),
+    ("strategy=fedrot", "robust=median"),
 ]
 
 
@@ -64,10 +95,24 @@ def test_the_rest_composes(overrides: tuple[str, ...]) -> None:
 def test_a_strategy_that_moves_its_coordinates_takes_fedprox_alone() -> None:
     """Asked of the rule itself: the strategies that are refused are named nowhere, those that may are."""
     experiment = compose_experiment(["robust=krum", "objective=fedprox", "server_optimizer=fedavgm"])
-    other = FedIT.model_construct(**{**experiment.strategy.__dict__, "kind": "rotating"})
+    other = RoLoRA.model_construct(**{**experiment.strategy.__dict__, "kind": "rolora"})
     problem = fixed_coordinates(experiment.model_copy(update={"strategy": other}))
     assert problem is not None
-    assert problem.startswith("server_optimizer=fedavgm, robust=krum: strategy=rotating changes what")
+    assert problem.startswith("server_optimizer=fedavgm, robust=krum: strategy=rolora changes what")
     alone = compose_experiment(["objective=fedprox"])
-    other = FedIT.model_construct(**{**alone.strategy.__dict__, "kind": "rotating"})
+    other = RoLoRA.model_construct(**{**alone.strategy.__dict__, "kind": "rolora"})
     assert fixed_coordinates(alone.model_copy(update={"strategy": other})) is None
+
+
+def test_what_adds_is_known_from_the_schema() -> None:
+    assert ADDING_STRATEGIES == ("fedit", "ffa_lora", "fedsa", "fedrot", "flasc", "fedsb", "ravan")
+
+
+def test_a_rule_that_takes_every_reply_of_its_cohort_is_warned_of() -> None:
+    def spared(*overrides: str) -> bool:
+        return not any("needs a valid reply of all" in each for each in warnings_for(compose_experiment(overrides)))
+
+    assert not spared("robust=median", "data.partition={kind:iid,sites:3}")
+    assert not spared("robust=median", "federation.min_replies=6", *SIX)
+    assert spared("robust=median", *SIX)
+    assert spared("robust=norm_bound", "data.partition={kind:iid,sites:1}")

@@ -64,7 +64,7 @@ def test_layouts_of_memory_do_not_matter() -> None:
 
 
 def test_the_bytes_on_the_wire_are_counted() -> None:
-    record = reply_to_record(Reply(HEADER, {"a": torch.zeros(1000)}))
+    record = reply_to_record(Reply(HEADER, {"a": torch.ones(1000)}))
     assert payload_bytes(record) == 4000 + 128 + len(HEADER.model_dump_json())
 
 
@@ -142,6 +142,9 @@ def test_pickled_objects_are_never_loaded() -> None:
     "odd",
     [
         pytest.param(record(npy(FOUR, shape=(-2, -2)), (-2, -2)), id="negative shape"),
+        pytest.param(record(npy(FOUR[:0], shape=(0, 2**62)), (0, 2**62)), id="nothing, in a shape beyond all memory"),
+        pytest.param(record(npy(FOUR[:0], shape=(0, 2**35, 2**35)), (0, 2**35, 2**35)), id="the same in two sizes"),
+        pytest.param(record(npy(FOUR[:1], shape=(1,) * 70), (1,) * 70), id="more dimensions than numpy has"),
         pytest.param(record(npy(FOUR.astype(">f4")), (4,), dtype=">f4"), id="foreign byte order"),
         pytest.param(record(npy(FOUR.astype(np.longdouble)), (4,), dtype="float128"), id="longdouble"),
         pytest.param(record(b"\x93NUMPY\x01\x00\x03\x00(((" + bytes(16), (4,)), id="header that does not end"),
