@@ -6,6 +6,7 @@ A file per run and round, so that a repeated instruction starts from what it sta
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetuning.checkpoints import load_tensors, save_tensors
@@ -29,15 +30,23 @@ class SiteMemory:
         return load_tensors(earlier[-1])[0] if earlier else {}
 
     def keep(self, round_number: int, tensors: NamedTensors) -> None:
-        """Store what a round leaves, and drop what is older than a few rounds.
+        """Store what a round leaves, and drop all but the newest few up to it.
 
         Later rounds stay: a server that goes on from an earlier round repeats them.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        save_tensors(self._folder / f"{round_number:06d}.safetensors", tensors)
-        for old in self._files():
-            if int(old.stem) <= round_number - _KEPT:
-                old.unlink()
+        save_tensors(self._file(round_number), tensors)
+        earlier = [path for path in self._files() if int(path.stem) <= round_number]
+        for old in earlier[:-_KEPT]:
+            old.unlink()
+
+    def forget(self, rounds: Iterable[int]) -> None:
+        """Drop what these rounds left, so that the next one starts from what was before them."""
+        for number in rounds:
+            self._file(number).unlink(missing_ok=True)
+
+    def _file(self, round_number: int) -> Path:
+        return self._folder / f"{round_number:06d}.safetensors"
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("*.safetensors"))

@@ -15,6 +15,7 @@ from client.units import Units
 from client.whole_site import WholeSite
 from client.wire import outgoing, received
 from conf.schema.federation import LocalTraining
+from conf.schema.objective import FedDyn, Scaffold
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, adaptive_clipping, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
@@ -82,6 +83,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     trained_names = strategy.trained(adapted.names, header.round)
     asked = local_privacy(plan.privacy)
     state, training = work.state(), _own_training(plan, work.file)
+    if isinstance(plan.strategy.objective, Scaffold | FedDyn):
+        # The server's books lack these rounds, and a site's own must agree with them.
+        state.memory(plan.run).forget(header.unused_rounds)
     memory = state.memory(plan.run).before(header.round) if strategy.has_memory else {}
     local = _local_round(instruction, adapted, strategy, training, state)
     records = work.records(adapted, asked, state.secret)

@@ -16,7 +16,7 @@ from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import SiteCard
 from protocol.records import record_to_card
 
-__all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "weights_of"]
+__all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "of_full_rank", "weights_of"]
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -98,6 +98,28 @@ def enroll(
         _log.warning("node %d has not sent its card; the run starts without it", node)
     chosen = [member for member in members.values() if names is None or member.site in names]
     return tuple(sorted(chosen, key=lambda member: member.site))
+
+
+def of_full_rank(members: tuple[Member, ...], rank: int, reason: str) -> tuple[Member, ...]:
+    """Return the members that train the plan's rank; the others are left out before anything is sent.
+
+    Args:
+        members: who has enrolled.
+        rank: the plan's.
+        reason: what needs updates of one shape, as `group=kind`.
+
+    Raises:
+        FederationError: nobody is left.
+    """
+    low = [member for member in members if member.rank is not None and member.rank < rank]
+    named = ", ".join(f"{member.site} (trained_rank={member.rank})" for member in low)
+    if low and len(low) == len(members):
+        raise FederationError(
+            f"{reason} needs updates of one shape, and no site trains peft.rank={rank}: {named}; lower peft.rank"
+        )
+    if low:
+        _log.warning("left out, since %s needs updates of one shape and peft.rank=%d: %s", reason, rank, named)
+    return tuple(member for member in members if member not in low)
 
 
 def draw_cohort(members: tuple[Member, ...], size: int | None, seed: int, round_number: int) -> tuple[Member, ...]:

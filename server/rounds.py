@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from flwr.serverapp import Grid
 
 from conf.schema.experiment import Experiment
+from conf.schema.robust import replies_needed
+from conf.schema.strategy_rules import one_rank_because_of
 from protocol.errors import FederationError
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, LedgerName, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
 from server.buffered import Collector, collector_for
 from server.checkpoint import Checkpoint, Heads
-from server.cohort import Member, enroll
+from server.cohort import Member, enroll, of_full_rank
 from server.collect import Assignment, Collected, Waiting
 from server.downlink import Downlink, downlink_for
 from server.evaluation import Evaluator
@@ -97,6 +99,10 @@ def run_federation(
     checkpoint = directory.newest_checkpoint()
     names_before, nodes_before = (checkpoint.members, checkpoint.nodes) if checkpoint else (None, None)
     members = enroll(grid, expected_sites, timeout_s, names=names_before, known=nodes_before)
+    reason = one_rank_because_of(experiment.strategy)
+    if reason is not None:
+        members = of_full_rank(members, experiment.peft.rank, reason)
+    _check_members(members, experiment)
     protection = protection_for(experiment, strategy, members, directory)
     plan = client_plan(experiment, directory.run)
     downlink = downlink_for(experiment.quantization, directory.run)
@@ -174,7 +180,7 @@ def _round(
 
     collected = run.collector.collect(round_number, assignments, cohort, accept, observe)
     if protection.needs_replies:
-        _check_quorum(collected, run.experiment.federation.min_replies, round_number)
+        _check_quorum(collected, run.experiment, round_number)
 
     aggregating = clock()
     combined = protection.combined()
@@ -279,12 +285,27 @@ def _uploaded(run: _Run, round_number: int, start: NamedTensors) -> Layout:
     return layout_of({name: start[name] for name in sorted(names)})
 
 
-def _check_quorum(collected: Collected, min_replies: int, round_number: int) -> None:
-    if collected.accepted < min_replies:
+def _check_members(members: tuple[Member, ...], experiment: Experiment) -> None:
+    """Refuse a rule that no round can satisfy before sites spend anything; the schema does not know who comes."""
+    robust, cohort = experiment.strategy.robust, experiment.federation.cohort_size or len(members)
+    needed = replies_needed(robust)
+    if min(cohort, len(members)) < needed:
         raise FederationError(
-            f"round {round_number} has {collected.accepted} valid replies and {collected.rejected} others, "
-            f"federation.min_replies={min_replies}; the log names each site's reason"
+            f"robust={robust.kind} needs {needed} valid replies in a round, and {min(cohort, len(members))} sites can "
+            "be asked; lower strategy.robust.attackers, or connect more sites"
         )
+
+
+def _check_quorum(collected: Collected, experiment: Experiment, round_number: int) -> None:
+    asked, robust = experiment.federation.min_replies, experiment.strategy.robust
+    needed = replies_needed(robust)
+    if collected.accepted >= max(asked, needed):
+        return
+    bound = f"federation.min_replies={asked}" if asked >= needed else f"robust={robust.kind} needs {needed}"
+    raise FederationError(
+        f"round {round_number} has {collected.accepted} valid replies and {collected.rejected} others, {bound}; the "
+        "log names each site's reason"
+    )
 
 
 def _evaluate(

@@ -37,6 +37,7 @@ _SCALING = 10.0
 _NOISE = 4.0
 _LITTLE = 1.5
 _INNER_PRODUCT = 2.0
+_GAUGE = 1000.0
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Attack:
     rows: Callable[[Sequence[Row], Columns], Sequence[Row]] | None = None
     update: Callable[[NamedTensors, Sequence[NamedTensors], torch.Generator], NamedTensors] | None = None
     """From the attacker's own update, the honest updates of the round and a generator to what it sends."""
+    factors: Callable[[NamedTensors, NamedTensors], NamedTensors] | None = None
+    """From the attacker's own update and what it was sent to what it sends."""
 
 
 def attack_named(name: str) -> Attack:
@@ -116,7 +119,11 @@ class _AttackingSite(Site):
     def handle(self, instruction: Instruction) -> Reply:
         """Train, and send something else."""
         reply, number = super().handle(instruction), instruction.header.round
-        if self._attack.update is None or reply.header.status != "trained":
+        if reply.header.status != "trained":
+            return reply
+        if self._attack.factors is not None:
+            return replace(reply, tensors=self._attack.factors(reply.tensors, instruction.tensors))
+        if self._attack.update is None:
             return reply
         generator = torch.Generator().manual_seed(1_000_003 * self._seed + number)
         honest = self._overheard.updates.get(number, [])
@@ -154,6 +161,17 @@ def _a_little(own: NamedTensors, honest: Sequence[NamedTensors], generator: torc
 def _inner_product(own: NamedTensors, honest: Sequence[NamedTensors], generator: torch.Generator) -> NamedTensors:
     """Inner-product manipulation (Xie et al. 2020, arXiv 1903.03936): -ε · the honest mean, with ε = 2."""
     return {name: -_INNER_PRODUCT * _together(name, honest).mean(dim=0) for name in own}
+
+
+def _gauge(own: NamedTensors, start: NamedTensors) -> NamedTensors:
+    """An honest product in dishonest factors, B' = G (B+dB) and A' = (A+dA) / G: the mean of the factors is ruined."""
+    sent = dict(own)
+    for name in own:
+        partner = name.replace("lora_B", "lora_A")
+        if partner != name and {name, partner} <= own.keys() & start.keys():
+            sent[name] = _GAUGE * (start[name] + own[name]) - start[name]
+            sent[partner] = (start[partner] + own[partner]) / _GAUGE - start[partner]
+    return sent
 
 
 def _together(name: str, honest: Sequence[NamedTensors]) -> torch.Tensor:
@@ -227,4 +245,5 @@ ATTACKS: Mapping[str, Attack] = {
     "backdoor": Attack(rows=_backdoor, update=_boost),
     "a_little_is_enough": Attack(update=_a_little),
     "inner_product": Attack(update=_inner_product),
+    "gauge": Attack(factors=_gauge),
 }

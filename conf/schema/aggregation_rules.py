@@ -22,6 +22,7 @@ __all__ = [
     "equal_ranks_to_compare",
     "fair_weights_need_a_loss",
     "fixed_coordinates",
+    "no_reply_to_spare",
     "objective_fits_optimizer",
     "objective_within_client_level",
     "one_server_step",
@@ -164,6 +165,20 @@ def robust_needs_replies(experiment: Experiment) -> str | None:
     )
 
 
+def no_reply_to_spare(experiment: Experiment) -> str | None:
+    """A rule's own need is a quorum: where it takes the whole cohort, one site that is late ends the run."""
+    robust, cohort = experiment.strategy.robust, _cohort(experiment)
+    if isinstance(robust, NoRobustness | NormBound) or cohort is None:
+        return None
+    quorum = max(experiment.federation.min_replies, replies_needed(robust))
+    if cohort != quorum or quorum == 1:
+        return None
+    return (
+        f"robust={robust.kind} needs a valid reply of all {cohort} sites in every round, and the run ends at the first "
+        "round that lacks one, after sites have spent their ε; ask more sites, or lower strategy.robust.attackers"
+    )
+
+
 def robust_is_no_sum(experiment: Experiment) -> str | None:
     """What one site changes of a median or a selection is not bounded by its clip norm."""
     robust = experiment.strategy.robust
@@ -189,13 +204,13 @@ def objective_within_client_level(experiment: Experiment) -> str | None:
 
 
 def objective_fits_optimizer(experiment: Experiment) -> str | None:
-    """SCAFFOLD and FedNova read a mean gradient out of an update, which AdamW does not allow."""
+    """SCAFFOLD, FedNova and q-FedAvg read a mean gradient out of an update, which AdamW does not allow."""
     objective, optimizer = experiment.strategy.objective, experiment.federation.local.optimizer
-    if not isinstance(objective, Scaffold | FedNova) or isinstance(optimizer, SGD):
+    if not isinstance(objective, Scaffold | FedNova | QFedAvg) or isinstance(optimizer, SGD):
         return None
     return (
-        f"objective={objective.kind} divides an update by the steps behind it, which says nothing under "
-        f"federation.local.optimizer.kind={optimizer.kind}; use sgd (momentum is accounted for)"
+        f"objective={objective.kind} divides an update by the steps or the learning rate behind it, which says "
+        f"nothing under federation.local.optimizer.kind={optimizer.kind}; use sgd (momentum is accounted for)"
     )
 
 

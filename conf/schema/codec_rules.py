@@ -104,8 +104,8 @@ def books_need_exact_updates(experiment: Experiment) -> str | None:
     if not isinstance(objective, Scaffold | FedDyn) or quantization.kind == "none":
         return None
     return (
-        f"objective={objective.kind} with quantization={quantization.kind}: a site keeps a sum of its exact updates and "
-        "the server one of what it decodes, so that their errors add up and the run ends elsewhere; use "
+        f"objective={objective.kind} with quantization={quantization.kind}: a site keeps a sum of its exact updates "
+        "and the server one of what it decodes, so that their errors add up and the run ends elsewhere; use "
         "quantization=none, or objective=fedprox or fednova"
     )
 

@@ -1,7 +1,9 @@
 """q-FedAvg (Li et al. 2020, arXiv 1905.10497, algorithm 2): x ← x + Σ Fₖ^q L Δₖ / Σ (q Fₖ^(q-1) ‖L Δₖ‖² + L Fₖ^q).
 
-L is one over the local learning rate. Fₖ is the mean training loss of the round, as the site released it: exact where
-nothing is protected, noised and paid for where it is (`privacy.loss_noise_multiplier`). The paper takes the loss at x.
+L is one over the local learning rate; with heavy-ball momentum over ‖a‖₁ / steps times that (`local_steps.py`), that is
+how far one step goes. AdamW has no such rate, and is refused. Fₖ is the mean training loss of the round, as the site
+released it: exact where nothing is protected, noised and paid for where it is (`privacy.loss_noise_multiplier`). The
+paper takes the loss at x.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class _FairAggregator:
         released = contribution.metrics.get("training_loss", contribution.metrics.get("noisy_training_loss"))
         if released is None:
             raise ReplyRejected("no_loss", "objective=qfedavg needs a training loss and the site released none")
-        loss, lipschitz = max(released, 0.0) + _LEAST_LOSS, 1 / contribution.learning_rate
+        rate = contribution.learning_rate * contribution.effective_steps / contribution.steps
+        loss, lipschitz = max(released, 0.0) + _LEAST_LOSS, 1 / rate
         norm = lipschitz**2 * sum(float(tensor.double().square().sum()) for tensor in contribution.update.values())
         factor = loss**self._q
         for name, tensor in contribution.update.items():

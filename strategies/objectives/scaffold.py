@@ -6,7 +6,9 @@ the adapter, and cₖ stays in the site's memory. With heavy-ball momentum K is 
 (x - yₖ) / (‖a‖₁ η) a weighted mean of the round's corrected gradients; AdamW is refused.
 
 The control variates are made of noised gradients: under example-level privacy they are post-processing. A site whose
-reply is not used has moved its cₖ and the server has not: c then stays off the mean of the cₖ by that change over N.
+reply is not used has moved its cₖ and the server has not: its next instruction says so, and it takes that back. Where
+that instruction is lost too, c stays off the mean of the cₖ by that change over N. A codec would put the error of every
+update between the two, so none is allowed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Centered clipping (Karimireddy et al. 2021, arXiv 2012.10333, algorithm 2).
 
 v ← v + (1/K) Σ (xₖ - v) min(1, τ / ‖xₖ - v‖), from the last round's result (zero before round 1). One update moves v by
-at most τ / K in each iteration, whatever it is: distances are at least those of the factors, which are what is averaged.
+at most τ / K in each iteration, whatever it is: distances are at least those of the factors, which are averaged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Norm bound (Sun et al. 2019, arXiv 1911.07963, section 5): x min(1, C / ‖x‖), then the strategy's own aggregator.
 
-One update at a time: memory does not grow with the cohort. The norm is that of the factors and the change of the product
-together. What is left of the factors is never longer than C, whatever was sent. Of the product that holds where one
-factor moves; where both do, the change is at most ‖dB‖ ‖A‖ + ‖B‖ ‖dA‖ + ‖dB‖ ‖dA‖ of what is left.
+One update at a time: memory does not grow with the cohort. The norm is that of the factors and of the change of the
+product together. What is left of the factors is never longer than C, whatever was sent. Of the product that holds where
+one factor moves; where both do, the change is at most ‖dB‖ ‖A‖ + ‖B‖ ‖dA‖ + ‖dB‖ ‖dA‖ of what is left.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ MORE = (
     wire.UniformEntropy(bits=8, scale="min_mse"),
     wire.Int4(block_size=8),
     wire.TopK(fraction=0.01),
-    wire.Lattice(bits=8, max_summands=4),
+    *(wire.Lattice(bits=bits, max_summands=4) for bits in (4, 5, 7, 8, 9, 16)),
 )
 CONFIGS = (*(kind() for kind in KINDS), *MORE)
 CODECS_UNDER_TEST = [build_codec(config) for config in CONFIGS]

@@ -78,11 +78,21 @@ class Misstating:
         self.site.close()
 
 
-def run(path: Path, *overrides: str, caps: dict[str, int] | None = None, stated: int | None = None) -> Path:
+def run(
+    path: Path,
+    *overrides: str,
+    caps: dict[str, int] | None = None,
+    stated: int | None = None,
+    ranks: dict[str, int] | None = None,
+) -> Path:
     """Run the federation, some sites with a cap on their steps or a lie about them, and return the run directory."""
     experiment = compose_experiment(overrides)
     sites = {
-        name: Site(_file(experiment, name, path, (caps or {}).get(name)), rows=_rows(name), simulated=True)
+        name: Site(
+            _file(experiment, name, path, (caps or {}).get(name), (ranks or {}).get(name)),
+            rows=_rows(name),
+            simulated=True,
+        )
         for name in population().parts
     }
     nodes: list[Any] = [
@@ -98,10 +108,11 @@ def run(path: Path, *overrides: str, caps: dict[str, int] | None = None, stated:
     return path
 
 
-def _file(experiment: Experiment, name: str, path: Path, cap: int | None) -> Any:
+def _file(experiment: Experiment, name: str, path: Path, cap: int | None, rank: int | None) -> Any:
     rows = population().parts[name]
     file = site_file(experiment, name, len(rows), path / "sites" / name)
-    return file.model_copy(update={"runtime": file.runtime.model_copy(update={"steps_per_round": cap})})
+    runtime = file.runtime.model_copy(update={"steps_per_round": cap})
+    return file.model_copy(update={"runtime": runtime, "trained_rank": rank})
 
 
 def _rows(name: str) -> Callable[[], Any]:
@@ -203,8 +214,27 @@ def test_a_reply_of_more_steps_than_asked_or_of_none_is_not_used(steps: int, tmp
 
 def test_a_rule_that_needs_more_sites_than_answer_stops_the_run(tmp_path: Path) -> None:
     """The natural key tells only now that there are four."""
-    with pytest.raises(FederationError, match=r"robust=krum withstands 1 attackers among 5 valid replies or more"):
+    with pytest.raises(FederationError, match=r"robust=krum needs 5 valid replies in a round, and 4 sites can be"):
         run(tmp_path / "run", *OPEN, "robust=krum")
+
+
+@pytest.mark.parametrize("choice", ["objective=scaffold", "objective=feddyn", "robust=median"])
+def test_a_site_of_a_lower_rank_is_left_out_before_anything_is_sent(choice: str, tmp_path: Path) -> None:
+    made = run(tmp_path / "run", *OPEN, "strategy=ffa_lora", choice, "peft.rank=4", ranks={"harbor": 2})
+    rounds = summary(made)["rounds"]
+    assert all(len(each["accepted"]) == 3 and not each["rejected"] for each in rounds)
+
+
+def test_where_no_site_has_the_rank_the_run_does_not_start(tmp_path: Path) -> None:
+    ranks = dict.fromkeys(population().parts, 2)
+    with pytest.raises(FederationError, match=r"robust=median needs .* and no site trains peft.rank=4"):
+        run(tmp_path / "run", *OPEN, "strategy=ffa_lora", "robust=median", "peft.rank=4", ranks=ranks)
+
+
+def test_a_round_with_fewer_replies_than_the_rule_needs_ends_the_run(tmp_path: Path) -> None:
+    choice = ("robust=multi_krum", "strategy.robust.attackers=0", "strategy.robust.selected=4")
+    with pytest.raises(FederationError, match=r"round 1 has 3 valid replies and 1 others, robust=multi_krum needs 4"):
+        run(tmp_path / "run", *OPEN, *choice, stated=99)
 
 
 def test_fltrust_needs_enough_held_out_records(tmp_path: Path) -> None:

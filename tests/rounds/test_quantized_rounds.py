@@ -15,7 +15,7 @@ from client.app import client_app
 from client.site import Site
 from conf.compose import InvalidConfiguration, compose_experiment
 from conf.schema.rules import warnings_for
-from finetuning.checkpoints import load_tensors
+from finetuning.checkpoints import load_tensors, save_tensors
 from privacy.client_level import update_norm
 from privacy.client_release import ClippedSum
 from protocol.codecs.base import ENCODED, WireContext, value_count
@@ -245,6 +245,10 @@ def test_a_decoded_update_stays_within_the_sensitivity(quantization: tuple[str, 
             ["quantization=lattice", "privacy=client_level", "quantization.norm_bound=3"],
             r"quantization.norm_bound=3\.0 is not privacy.clip_norm=",
         ),
+        (
+            ["quantization=topk", "quantization.downlink=same", "strategy=fedsvd"],
+            "needs a strategy that sums updates of the same values in every round, not fedsvd",
+        ),
         (["quantization=eden", "quantization.bits=9"], "less than or equal to 8"),
         (["quantization=eden", "quantization.bits=0.4"], "greater than or equal to 0.5"),
     ],
@@ -261,3 +265,27 @@ def test_errors_that_nothing_feeds_back_are_warned_of() -> None:
             for each in warnings_for(compose_experiment(overrides))
         )
     assert not any("biased" in each for each in warnings_for(compose_experiment(["quantization=topk"])))
+
+
+def test_a_clip_norm_that_only_the_lattice_has_is_warned_of() -> None:
+    def warned(*overrides: str) -> bool:
+        return any("quantization.norm_bound=1.0" in each for each in warnings_for(compose_experiment(overrides)))
+
+    assert warned("quantization=lattice")
+    assert not warned("quantization=eden")
+
+
+def test_what_a_factor_left_out_waits_until_the_factor_is_trained_again(tmp_path: Path) -> None:
+    """RoLoRA trains B in odd rounds and A in even ones: the memory of round 3 starts from B's residual of round 1."""
+    run = Run(tmp_path, "quantization=topk", "strategy=rolora", "federation.rounds=3")
+    folder = next((tmp_path / "sites" / "harbor").glob("**/left_out/*"))
+    first, second, third = (load_tensors(folder / f"{number:06d}.safetensors")[0] for number in (1, 2, 3))
+    assert first
+    assert all("lora_B" in name for name in first)
+    assert second.keys() == third.keys() > first.keys()
+    assert all(torch.equal(second[name], first[name]) for name in first)
+    assert not any(torch.equal(third[name], second[name]) for name in first)
+    site = run.sites["harbor"]
+    kept = site.site.handle(site.asked[2]).tensors[ENCODED]
+    save_tensors(folder / "000002.safetensors", {name: second[name] for name in second.keys() - first.keys()})
+    assert not torch.equal(site.site.handle(site.asked[2]).tensors[ENCODED], kept)

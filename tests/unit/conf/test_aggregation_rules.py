@@ -4,6 +4,7 @@ import pytest
 
 from conf.compose import InvalidConfiguration, compose_experiment
 from conf.schema.aggregation_rules import ADDING_STRATEGIES, fixed_coordinates
+from conf.schema.rules import warnings_for
 from conf.schema.strategy import RoLoRA
 
 CLIENT_LEVEL = ("privacy=client_level",)
@@ -29,7 +30,7 @@ REFUSED = [
     ),
     (
         ("objective=scaffold", "federation.local.optimizer.kind=adamw"),
-        "objective=scaffold divides an update by the steps behind it, which says nothing under",
+        "objective=scaffold divides an update by the steps or the learning rate behind it",
     ),
     (("objective=qfedavg",), "may not leave under privacy=example_level; set privacy.loss_noise_multiplier"),
     (("objective=qfedavg", "privacy=none"), "federation.release_training_loss=false keeps it"),
@@ -49,6 +50,16 @@ REFUSED = [
     (("strategy=flasc", "robust=median"), "with strategy=flasc every site sends other entries"),
     (("strategy=fedsa", "robust=krum"), "with strategy=fedsa every site has another B"),
     (("strategy=ffa_lora", "robust=median", "federation.site_ranks=[8,2]"), "updates of different sizes cannot be"),
+    (
+        ("objective=qfedavg", "federation.local.optimizer.kind=adamw"),
+        "objective=qfedavg divides an update by the steps or the learning rate behind it",
+    ),
+    (("objective=scaffold", "quantization=eden"), "objective=scaffold with quantization=eden: a site keeps a sum of"),
+    (("objective=feddyn", "quantization=bf16"), "objective=feddyn with quantization=bf16: a site keeps a sum of"),
+    *(
+        (("strategy=ffa_lora", choice, "peft.rank=8", "federation.site_ranks=[8,2]"), f"and {choice} needs updates of")
+        for choice in ("objective=scaffold", "objective=feddyn", "objective=qfedavg", "robust=median")
+    ),
     (("robust=krum", "strategy.robust.selected=2"), "strategy.robust.selected is not a known key"),
 ]
 
@@ -56,6 +67,7 @@ ALLOWED = [
     ("robust=bulyan", "data.partition={kind:iid,sites:7}"),
     ("robust=krum", "objective=fedprox", "server_optimizer=fedadam"),
     ("objective=fedprox", *CLIENT_LEVEL),
+    ("objective=fedprox", "strategy=ffa_lora", "peft.rank=8", "federation.site_ranks=[8,2]"),
     ("server_optimizer=fedyogi", *CLIENT_LEVEL),
     ("objective=qfedavg", "privacy=none", "federation.release_training_loss=true"),
     ("objective=qfedavg", "privacy.loss_noise_multiplier=10"),
@@ -94,3 +106,13 @@ def test_a_strategy_that_moves_its_coordinates_takes_fedprox_alone() -> None:
 
 def test_what_adds_is_known_from_the_schema() -> None:
     assert ADDING_STRATEGIES == ("fedit", "ffa_lora", "fedsa", "fedrot", "flasc", "fedsb", "ravan")
+
+
+def test_a_rule_that_takes_every_reply_of_its_cohort_is_warned_of() -> None:
+    def spared(*overrides: str) -> bool:
+        return not any("needs a valid reply of all" in each for each in warnings_for(compose_experiment(overrides)))
+
+    assert not spared("robust=median", "data.partition={kind:iid,sites:3}")
+    assert not spared("robust=median", "federation.min_replies=6", *SIX)
+    assert spared("robust=median", *SIX)
+    assert spared("robust=norm_bound", "data.partition={kind:iid,sites:1}")

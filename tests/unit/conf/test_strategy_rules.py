@@ -19,6 +19,14 @@ CLIENT_LEVEL = ("privacy=client_level", "privacy.target_epsilon=null", "privacy.
             r"which strategy=fedex cannot combine; use one of ffa_lora,",
         ),
         (
+            ("strategy=ravan", "strategy.heads=1", "peft.rank=8", "federation.site_ranks=[8,7]"),
+            r"has a rank of 7, and strategy=ravan needs 8 for a single core",
+        ),
+        (
+            ("strategy=ravan", "strategy.heads=4", "peft.rank=8", "federation.site_ranks=[8,1]"),
+            r"has a rank of 1, and strategy=ravan needs 2 for a single core",
+        ),
+        (
             ("strategy=flora", "peft=dora"),
             r"strategy=flora folds products beside the base, which peft\.dora=true ignores",
         ),

@@ -47,6 +47,24 @@ def test_what_attackers_send_follows_from_the_formulas() -> None:
     assert torch.equal(sent("backdoor"), torch.tensor([3.0, -6.0]))
 
 
+def test_a_gauge_leaves_the_product_and_ruins_the_factors() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    shapes = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (3, 2), "score.weight": (2, 2)}
+    start, own = ({name: torch.randn(each, generator=drawn) for name, each in shapes.items()} for _ in range(2))
+    factors = ATTACKS["gauge"].factors
+    assert factors is not None
+    made = factors(own, start)
+
+    def product(update: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (start["q.lora_B.weight"] + update["q.lora_B.weight"]) @ (
+            start["q.lora_A.weight"] + update["q.lora_A.weight"]
+        )
+
+    torch.testing.assert_close(product(dict(made)), product(own), rtol=1e-3, atol=1e-3)
+    assert float(made["q.lora_B.weight"].norm()) > 500 * float(own["q.lora_B.weight"].norm())
+    assert torch.equal(made["score.weight"], own["score.weight"])
+
+
 def test_noise_is_four_times_the_update_long_and_repeats() -> None:
     update = ATTACKS["noise"].update
     assert update is not None

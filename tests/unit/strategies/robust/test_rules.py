@@ -65,21 +65,26 @@ def test_inner_products_are_those_of_the_dense_products(names: tuple[str, ...]) 
     dense = torch.stack([dense_change(update, start).flatten() for update in updates])
     if HEAD in names:
         dense = torch.cat([dense, torch.stack([update[HEAD].flatten() for update in updates]).double()], dim=1)
+    flattened = torch.stack(
+        [torch.from_numpy(flat({n: update[n] for n in (A, B) if n in names})) for update in updates]
+    )
+    dense = torch.cat([dense, flattened], dim=1)
     ours = gram(updates, [start] * 4, products=True)
     torch.testing.assert_close(ours, dense @ dense.T, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(ours, gram(updates, [start] * 4, products=False), rtol=1e-2)
 
 
-def test_distances_do_not_see_a_change_of_basis_that_leaves_the_product() -> None:
-    """Two sites reach the same product by different factors: far apart as factors, at one point as products."""
+def test_distances_see_a_change_of_basis_that_leaves_the_product() -> None:
+    """Two sites reach the same product by different factors: at one point as products, and their mean is elsewhere."""
     start = adapter()
     basis = torch.linalg.qr(torch.randn(RANK, RANK, generator=torch.Generator().manual_seed(9)).double()).Q
     moved = {A: start[A] + 0.3 * adapter(1)[A], B: start[B] + 0.3 * adapter(1)[B]}
     turned = {A: (basis.T @ moved[A].double()).float(), B: (moved[B].double() @ basis).float()}
     updates = [{name: end[name] - start[name] for name in (A, B)} for end in (moved, turned)]
     starts: list[NamedTensors] = [start, start]
-    assert distances(gram(updates, starts, products=True))[0, 1] < 1e-9
-    assert distances(gram(updates, starts, products=False))[0, 1] > 1.0
+    apart = distances(gram(updates, starts, products=False))[0, 1]
+    assert apart > 1.0
+    torch.testing.assert_close(distances(gram(updates, starts, products=True))[0, 1], apart, rtol=1e-6, atol=1e-6)
 
 
 def test_embeddings_pair_the_other_way_round() -> None:
@@ -87,7 +92,8 @@ def test_embeddings_pair_the_other_way_round() -> None:
     update = {name: torch.randn_like(tensor) for name, tensor in start.items()}
     left, right = start["e.lora_embedding_B"].double(), start["e.lora_embedding_A"].double()
     dense = (left + update["e.lora_embedding_B"]) @ (right + update["e.lora_embedding_A"]) - left @ right
-    torch.testing.assert_close(gram([update], [start], products=True)[0, 0], dense.square().sum())
+    own = torch.stack([tensor.double().square().sum() for tensor in update.values()]).sum()
+    torch.testing.assert_close(gram([update], [start], products=True)[0, 0], dense.square().sum() + own)
 
 
 HONEST_RADIUS = 1.0
@@ -233,14 +239,52 @@ def test_the_norm_bound_shortens_what_is_long_and_nothing_else(distance: schema.
     np.testing.assert_allclose(result, (short + long * 2.0 / np.linalg.norm(long)) / 2, rtol=1e-5)
 
 
-def test_the_norm_bound_measures_the_product_where_b_alone_moves() -> None:
+def test_the_norm_bound_measures_factor_and_product_where_b_alone_moves() -> None:
     start = adapter()
     update = {B: 5.0 * adapter(3)[B]}
     strategy = build_strategy(FFALoRA(robust=schema.NormBound(max_norm=1.5)))
     aggregator = strategy.server.aggregator(start, ServerState())
     aggregator.accumulate(Contribution(update, 1.0))
-    assert float(dense_change(aggregator.result(), start).norm()) == pytest.approx(1.5, rel=1e-5)
+    bounded = aggregator.result()
+    length = math.hypot(float(dense_change(bounded, start).norm()), float(bounded[B].norm()))
+    assert length == pytest.approx(1.5, rel=1e-5)
     assert aggregator.metrics() == {"shortened_share": 1.0}
+
+
+GAUGED: list[schema.Robust] = [
+    schema.CoordinateMedian(),
+    schema.TrimmedMean(),
+    schema.TrimmedMean(mixing=schema.NearestNeighbors()),
+    schema.Krum(),
+    schema.MultiKrum(),
+    schema.Bulyan(),
+    schema.GeometricMedian(),
+    schema.CenteredClipping(radius=0.5),
+    schema.NormBound(max_norm=1.0),
+    schema.FLTrust(),
+]
+
+
+@pytest.mark.parametrize("size", [1.5, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("config", GAUGED, ids=lambda config: f"{config.kind}")
+def test_an_honest_product_in_factors_of_another_size_moves_no_rule(config: schema.Robust, size: float) -> None:
+    """B' = G B, A' = A / G: seen as products the attacker is the most honest of all; the mean of factors is ruined."""
+    start, generator = {name: adapter()[name] for name in (A, B)}, torch.Generator().manual_seed(4)
+    common = {B: 0.05 * torch.randn(OUTER, RANK, generator=generator), A: torch.zeros(RANK, INNER)}
+    honest = [
+        {name: common[name] + 0.01 * torch.randn(common[name].shape, generator=generator) for name in (A, B)}
+        for _ in range(7)
+    ]
+    center = {name: torch.stack([each[name] for each in honest]).mean(0) for name in (A, B)}
+    attack = {
+        B: size * (start[B] + center[B]) - start[B],
+        A: (start[A] + center[A]) / size - start[A],
+    }
+    state = ServerState({ROOT_PREFIX + name: tensor for name, tensor in center.items()})
+    result = combine(config, [*honest, attack], start, state)
+    wanted = float(dense_change(center, start).norm())
+    error = float((dense_change(result, start) - dense_change(center, start)).norm()) / wanted
+    assert error < 1.0, "the attack costs less than the whole update"
 
 
 HOLDING: list[schema.Robust] = [
