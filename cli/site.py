@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -46,7 +46,21 @@ def pending(config: ConfigOption = SITE_YAML, every: Annotated[bool, typer.Optio
     if not shown:
         console.print("no experiment waits for approval")
         return
-    table = Table("digest", "state", "since", "run", "privacy", "strategy", "rounds x steps", "rank", box=None)
+    table = Table(
+        "digest",
+        "state",
+        "since",
+        "run",
+        "privacy",
+        "clip",
+        "noise",
+        "strategy",
+        "objective",
+        "codec",
+        "rounds x steps",
+        "rank",
+        box=None,
+    )
     table.columns[0].no_wrap = True
     for asked in shown:
         table.add_row(asked.digest[:16], asked.state, asked.since, *_summary(asked.plan))
@@ -86,14 +100,20 @@ def _summary(plan: dict[str, dict[str, object]]) -> tuple[str, ...]:
     from rich.markup import escape
 
     if not plan:
-        return ("approved before it was asked", "", "", "", "")
+        return ("approved before it was asked", *[""] * 8)
     privacy, local = plan["privacy"], plan["local"]
     price = privacy.get("target_epsilon") or privacy.get("noise_multiplier")
     name = "ε" if privacy.get("target_epsilon") else "σ"
+    noise = privacy.get("noise", "-")  # the mechanism's name, or client-level noise with a kind of its own
+    objective = cast("dict[str, object]", plan["strategy"]["objective"])
     cells = (
         plan["run"],
         f"{privacy['kind']} {name}={price}",
+        privacy.get("clip_norm", "-"),
+        cast("dict[str, object]", noise)["kind"] if isinstance(noise, dict) else noise,
         plan["strategy"]["kind"],
+        objective["kind"],
+        plan["quantization"]["kind"],
         f"{plan['rounds']} x {local['steps']}",
         plan["peft"]["rank"],
     )

@@ -20,7 +20,7 @@ __all__ = ["Approvals", "Asked", "State"]
 
 State = Literal["pending", "approved", "revoked"]
 _MAX_PENDING = 100
-"""A server that invents plans must not fill the disk."""
+"""A server that invents plans must not fill the disk, nor keep later plans out: the oldest ones go."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Approvals:
         Raises:
             SiteRefusal: code `not_approved`.
         """
-        known = {asked.digest: asked.state for asked in self.all()}
+        everything = self.all()
+        known = {asked.digest: asked.state for asked in everything}
         if known.get(digest) == "approved":
             return
-        if digest not in known and sum(state == "pending" for state in known.values()) < _MAX_PENDING:
+        if digest not in known:
+            pending = [asked.digest for asked in everything if asked.state == "pending"]
+            for old in pending[: max(0, len(pending) + 1 - _MAX_PENDING)]:
+                (self._folder / f"{old}.json").unlink(missing_ok=True)
             self._write(digest, "pending", plan)
         raise SiteRefusal("not_approved", f"experiment {digest[:12]} is not approved; see: cloister site pending")
 

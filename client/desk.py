@@ -1,11 +1,13 @@
 """One instruction at a time, with everything that surrounds a round: approval, hours, books, and the stored replies.
 
 The order matters. What the file forbids is refused first; then an answer that already left is repeated, which costs
-nothing; only then is it checked whether the site is in a state to spend.
+nothing; only then is it checked whether the site is in a state to spend. An answer that was made under another policy
+or budget is not repeated: the round goes through every check of the present ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from client.health import check_books, check_space
 from client.policy import check_moment, check_policy
 from client.replies import ReplyStore
 from client.site import Site
+from conf.schema.site import SiteFile
 from protocol.errors import SiteRefusal
 from protocol.frames import decode_frame, encode_frame, refusal_record
 from protocol.instructions import Instruction, Reply
@@ -47,6 +50,7 @@ class Desk:
         self._approvals = Approvals(folder / "approvals", clock)
         self._replies = ReplyStore(
             folder / "replies",
+            terms=_terms(site.file),
             keep=serve.keep_replies,
             keep_s=timedelta(days=serve.keep_replies_days).total_seconds(),
             clock=lambda: clock().timestamp(),
@@ -88,7 +92,7 @@ class Desk:
             _log.info("round %d of run %r: the stored reply is sent again", header.round, header.plan.run)
             return record_to_reply(decode_frame(stored)[1])
         now = self._clock()
-        check_moment(file, now)
+        check_moment(file, now, header.plan)
         check_space(file)
         check_books(file, now)
         _log.info("round %d of run %r begins", header.round, header.plan.run)
@@ -96,3 +100,9 @@ class Desk:
         if reply.header.status == "trained":
             self._replies.put(header, encode_frame(ANSWER, reply_to_record(reply)))
         return reply
+
+
+def _terms(file: SiteFile) -> str:
+    """Return a digest (hex) of what this site agrees to, and what it may cost."""
+    agreed = file.model_dump_json(include={"policy", "budget", "site_budget"})
+    return hashlib.sha256(agreed.encode()).hexdigest()

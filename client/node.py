@@ -42,6 +42,8 @@ class NodeProcesses:
     environment: Mapping[str, str]
     account: pwd.struct_passwd | None
     """The other user; None for this one."""
+    bundles: tuple[Path, Path] | None = None
+    """The list of bundles and its copy for the other user, who cannot read the list itself."""
 
 
 def prepare_node(file: SiteFile) -> NodeProcesses:
@@ -68,8 +70,10 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
     folder = socket_path(file).parent
     if not folder.is_dir():
         raise ConfigError(f"{folder} does not exist; start the site first: cloister site serve")
+    bundles = None
     if account is not None:  # who cannot enter the state directory
-        _write(folder / BUNDLES_FILE, allowed.read_text(), 0o600, account)
+        bundles = allowed, folder / BUNDLES_FILE
+        _copy_bundles(*bundles, account)
         allowed = folder / BUNDLES_FILE
     commands = _write_shims(folder / "bin", allowed.absolute())
     home, secret = _home(folder / "flower", account), folder / "superexec.secret"
@@ -86,11 +90,14 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
         *(_flower("flower-superexec"), "--runtime-api-address", runtime, "--insecure"),
         *("--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())),
     ]
-    return NodeProcesses(supernode, superexec, _environment(commands, home), account)
+    return NodeProcesses(supernode, superexec, _environment(commands, home), account, bundles)
 
 
 def run_node(processes: NodeProcesses) -> int:
-    """Run both processes until one ends or this one is told to stop; return the exit code of the one that ended."""
+    """Run both processes until one ends or this one is told to stop; return the exit code of the one that ended.
+
+    Another user's copy of the list of bundles follows the list within a second.
+    """
     account = processes.account
     # Nothing of a privileged process is inherited: neither groups nor environment.
     user = None if account is None else account.pw_uid
@@ -112,6 +119,8 @@ def run_node(processes: NodeProcesses) -> int:
     try:
         while not told and all(process.poll() is None for process in started):
             time.sleep(_POLL_S)
+            if processes.bundles is not None:
+                _copy_bundles(*processes.bundles, account)
         return 0 if told else next(code for process in started if (code := process.poll()) is not None)
     finally:
         _end(started)
@@ -181,6 +190,13 @@ def _home(folder: Path, account: pwd.struct_passwd | None) -> Path:
     if account is not None:
         os.chown(folder, account.pw_uid, account.pw_gid)
     return folder
+
+
+def _copy_bundles(source: Path, copy: Path, reader: pwd.struct_passwd | None) -> None:
+    """Bring the copy of the list up to date; a list that is gone allows nothing."""
+    content = source.read_text() if source.is_file() else ""
+    if not copy.is_file() or copy.read_text() != content:
+        _write(copy, content, 0o600, reader)
 
 
 def _write(path: Path, content: str, mode: int, reader: pwd.struct_passwd | None = None) -> None:

@@ -18,7 +18,8 @@ _UNITS = {"example_level": "record", "user_level": "user"}
 def check_policy(site: SiteFile, header: InstructionHeader, *, simulated: bool = False) -> None:
     """Refuse what the site's file does not allow, and repeatable noise unless the site is `simulated`.
 
-    What it costs is `check_cost`'s, and when it may be asked `check_moment`'s.
+    What it costs is `check_cost`'s, or `claims.check_claimed_cost`'s where the server adds the noise; when it may be
+    asked is `check_moment`'s.
 
     Raises:
         SiteRefusal: with a code for the server; its message is for the site's own log.
@@ -62,8 +63,8 @@ def check_cost(site: SiteFile, privacy: PrivacyPlan) -> None:
             raise SiteRefusal(code, f"it would cost ε={epsilon:.3f}, above policy.max_{code}={limit:g}")
 
 
-def check_moment(site: SiteFile, now: datetime) -> None:
-    """Refuse what is asked outside of working hours, or after the budget's last day.
+def check_moment(site: SiteFile, now: datetime, plan: ClientPlan) -> None:
+    """Refuse what is asked outside of working hours, or after a budget's last day (in client-level runs, of either).
 
     Raises:
         SiteRefusal: `outside_hours` or `budget_expired`.
@@ -72,6 +73,9 @@ def check_moment(site: SiteFile, now: datetime) -> None:
         raise SiteRefusal("outside_hours", f"{now.isoformat()} is outside of policy.hours")
     if site.budget is not None and site.budget.expired(now):
         raise SiteRefusal("budget_expired", f"the budget expired on {site.budget.expires}, it is {now.isoformat()}")
+    whole = site.site_budget
+    if whole is not None and plan.privacy.kind == "client_level" and whole.expired(now):
+        raise SiteRefusal("budget_expired", f"site_budget expired on {whole.expires}, it is {now.isoformat()}")
 
 
 def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
@@ -86,9 +90,20 @@ def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
             raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
     if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
         raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
-    codec = plan.quantization.kind
-    if policy.quantization is not None and codec not in (*policy.quantization, "none"):
-        raise SiteRefusal("quantization_not_allowed", f"quantization {codec} is not among policy.quantization")
+    for code, what, asked, allowed, name in (
+        ("objective_not_allowed", "objective", plan.strategy.objective.kind, policy.objectives, "objectives"),
+        (
+            "server_rule_not_allowed",
+            "server optimizer",
+            plan.strategy.server_optimizer.kind,
+            policy.server_optimizers,
+            "server_optimizers",
+        ),
+        ("server_rule_not_allowed", "robust rule", plan.strategy.robust.kind, policy.robust_rules, "robust_rules"),
+        ("quantization_not_allowed", "quantization", plan.quantization.kind, policy.quantization, "quantization"),
+    ):
+        if allowed is not None and asked not in (*allowed, "none"):
+            raise SiteRefusal(code, f"{what} {asked} is not among policy.{name}")
 
 
 def _check_privacy(site: SiteFile, header: InstructionHeader, policy: SitePolicy, simulated: bool) -> None:

@@ -21,27 +21,29 @@ from protocol.instructions import InstructionHeader
 __all__ = ["ReplyStore"]
 
 _log = logging.getLogger(__name__)
-_NOTICES = frozenset({"plan", "unused_rounds"})
-"""Fields of a header that do not change the answer: the plan counts by its digest, notices of earlier rounds do not."""
+_NOTICES = frozenset({"plan", "unused_rounds", "ledger_heads"})
+"""Fields of a header that do not change the answer: the plan counts by its digest, ledgers are asked about heads."""
 
 
 class ReplyStore:
     """A folder of replies, one file each, of mode 0600."""
 
-    def __init__(self, folder: Path, *, keep: int, keep_s: float, clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, *, terms: str, keep: int, keep_s: float, clock: Callable[[], float]) -> None:
         """Open the store.
 
         Args:
             folder: made when missing, of mode 0700.
+            terms: digest of what the site agrees to; an answer made under other terms is not sent again.
             keep: the most replies kept.
             keep_s: seconds after which a reply is removed.
             clock: seconds since 1970.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder, self._keep, self._keep_s, self._clock = folder, keep, keep_s, clock
+        self._folder, self._terms = folder, terms
+        self._keep, self._keep_s, self._clock = keep, keep_s, clock
 
     def find(self, header: InstructionHeader) -> bytes | None:
-        """Return the stored answer to this instruction, or None.
+        """Return the stored answer to this instruction under the present terms, or None.
 
         Raises:
             SiteRefusal: code `replay_mismatch`, when the round was answered for another instruction.
@@ -54,8 +56,9 @@ class ReplyStore:
             stored = json.loads(first)
             whole = stored["body"] == hashlib.sha256(body).hexdigest()
             same = stored["instruction"] == _identity(header)
+            in_force = stored["terms"] == self._terms
         except (ValueError, KeyError, TypeError):
-            whole = same = False
+            whole = same = in_force = False
         if not whole:
             _log.warning("the stored reply %s is damaged; the round is executed again, with the same noise", path.name)
             return None
@@ -64,11 +67,14 @@ class ReplyStore:
                 "replay_mismatch",
                 f"round {header.round} of run {header.plan.run!r} was answered already, for another instruction",
             )
+        if not in_force:
+            _log.warning("the stored reply %s was made under another policy or budget; the round is checked anew", path)
+            return None
         return body
 
     def put(self, header: InstructionHeader, body: bytes) -> None:
         """Store an answer durably, and remove what is old. A disk that is full costs a repeated training, no more."""
-        first = {"instruction": _identity(header), "body": hashlib.sha256(body).hexdigest()}
+        first = {"instruction": _identity(header), "terms": self._terms, "body": hashlib.sha256(body).hexdigest()}
         try:
             _write(self._path(header), json.dumps(first).encode() + b"\n" + body)
             self._prune()

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from client.claims import check_claimed_cost
+from client.ledgers import check_ledgers, heads_of
 from client.policy import check_cost, check_policy
 from client.state import SiteState
 from client.training import Trained, TrainingJob, check_gradients, train
@@ -23,7 +25,7 @@ from privacy.ledger import Booking, Ledger
 from privacy.plan import PrivacyPlan, build_plan
 from protocol.codecs.build import sends_changes
 from protocol.errors import BudgetExceeded, LedgerUnusable, PrivacyError, ReplayDiverged, ReplyRejected, SiteRefusal
-from protocol.instructions import ClientPlan, Instruction, PrivacyStatement, Reply, ReplyHeader
+from protocol.instructions import ClientPlan, Instruction, LedgerName, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
 from protocol.refusals import sentence
 from protocol.tensors import digest, layout_of, verify
@@ -71,6 +73,7 @@ def answer(instruction: Instruction, work: RoundWork) -> Reply:
 def _round(instruction: Instruction, work: RoundWork) -> Reply:
     header, plan = instruction.header, instruction.header.plan
     check_policy(work.file, header, simulated=work.simulated)
+    check_claimed_cost(work.file, header)
     if header.unused_rounds:
         # Spent all the same: what was sent was seen.
         _log.warning("site %s: the server did not use rounds %s", work.file.name, list(header.unused_rounds))
@@ -103,9 +106,13 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
 
     site_ledger = None if header.clip_norm is None else state.site_ledger()
-    whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, job.inputs(state.secret))
-    if privacy.is_private:
-        ledger = state.ledger(records.units)
+    ledger = state.ledger(records.units) if privacy.is_private else None
+    named: tuple[tuple[LedgerName, Ledger | None], ...] = (("records", ledger), ("site", site_ledger))
+    ledgers: dict[LedgerName, Ledger] = {name: each for name, each in named if each is not None}
+    inputs = job.inputs(state.secret)
+    check_ledgers(header, ledgers, inputs)
+    whole_site = None if site_ledger is None else WholeSite.reserve(site_ledger, header, inputs)
+    if ledger is not None:
         trained = _booked(job, ledger, state.secret)
         stated = _statement(privacy, ledger, plan)
     else:
@@ -128,6 +135,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
             steps=training.steps,
             privacy=stated,
             metrics=_released(trained, job),
+            ledger_heads=heads_of(ledgers),
             below_clip=below_clip if adaptive_clipping(plan.privacy) else None,
         ),
         leaving,
@@ -304,6 +312,7 @@ def _statement(privacy: PrivacyPlan, ledger: Ledger, plan: ClientPlan) -> Privac
         sampling_rate=privacy.sampling.rate,
         steps_executed=account.steps,
         mechanism=privacy.mechanism(account.steps).to_json(),
+        mechanisms=tuple(each.to_json() for each in account.mechanisms),
         insecure_seed=insecure,
     )
 

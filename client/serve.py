@@ -35,6 +35,10 @@ _POLL_S, _ALIVE_S, _READ_S, _SEND_S = 0.5, 10.0, 60.0, 5.0
 """How often a stop is looked for, an asker is told that work goes on, how long an asker may stall, also at a stop."""
 
 
+_MOST_CONVERSATIONS = 8
+"""At once. Each may hold a message of `serve.max_message_mib`, and only one instruction is worked on."""
+
+
 def serve(file: SiteFile, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
     """Serve a site until SIGTERM or SIGINT.
 
@@ -68,7 +72,7 @@ def serve(file: SiteFile, clock: Callable[[], datetime] = lambda: datetime.now(U
 
 
 def _accept(listener: Listener, desk: Desk, limit: int, told: threading.Event) -> list[threading.Thread]:
-    """Give each connection a thread until `told` to stop, and return the threads that are left."""
+    """Give each connection a thread until `told` to stop, and return the threads that are left. More are closed."""
     conversations: list[threading.Thread] = []
     listener.socket.settimeout(_POLL_S)
     while not told.is_set():
@@ -77,6 +81,10 @@ def _accept(listener: Listener, desk: Desk, limit: int, told: threading.Event) -
         except TimeoutError:
             continue
         conversations = [each for each in conversations if each.is_alive()]
+        if len(conversations) >= _MOST_CONVERSATIONS:
+            _log.warning("a connection was turned away: %d are open already", len(conversations))
+            connection.close()
+            continue
         conversations.append(threading.Thread(target=_converse, args=(connection, listener, desk, limit), daemon=True))
         conversations[-1].start()
     return conversations

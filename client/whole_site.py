@@ -1,25 +1,21 @@
 """What a client-level run costs this whole site, booked in the site's own ledger before it trains.
 
-The server adds the noise, so what is booked is what the server says of it. The site checks what can be checked: that
-it agrees with the plan, and that this site is not asked more often than correlated noise allows.
+The server adds the noise, so what is booked is what the server says of it (`client.claims` compares it with the plan).
+The site counts for itself how often it is asked, under which claim, and with which inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from conf.schema.privacy import ClientLevel
-from privacy.accounting import epsilon_of
-from privacy.ledger import Booking, Ledger, Reservation
+from client.claims import check_claim, whole_release
+from privacy.ledger import Booking, Charge, Ledger, Reservation
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import SiteRefusal
-from protocol.instructions import ClientPlan, InstructionHeader, ReleaseClaim
+from protocol.instructions import InstructionHeader, ReleaseClaim
 
-__all__ = ["WholeSite", "check_claim"]
-
-_TOLERANCE = 1e-6
-"""Relative; between two machines an ε may differ by its last digits."""
+__all__ = ["WholeSite"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,7 @@ class WholeSite:
     ledger: Ledger
     reservation: Reservation
     booking: Booking
+    correlated: bool
 
     @classmethod
     def reserve(cls, ledger: Ledger, header: InstructionHeader, inputs_digest: str) -> WholeSite:
@@ -38,69 +35,75 @@ class WholeSite:
         is not asked. A secret cohort is booked whole at the first round: the rounds in which the site is not drawn are
         part of what amplifies, and of what costs. Correlated noise is one mechanism, booked whole at the first round.
 
+        Later rounds cost nothing more only under the very plan and claim that were booked. A round asked again with
+        other inputs is another release: of independent noise one step, not amplified, because the cohort is the same.
+
         Raises:
-            SiteRefusal: the claim is missing, does not fit the plan, or the site is asked too often.
+            SiteRefusal: the claim is missing, does not fit the plan, or the site is asked too often; `round_repeated`
+                if correlated noise is asked to lie on another update of a round.
             BudgetExceeded: `site_budget` does not cover it; nothing is booked then.
         """
-        plan, claim = header.plan, check_claim(header)
-        correlated, secret = claim.min_separation is not None, claim.sampling_rate < 1
-        whole = SubsampledGaussian(claim.sampling_rate, claim.noise_multiplier, 1 if correlated else plan.rounds)
-        rounds = ledger.rounds_booked(plan.run)
-        _refuse_too_often(claim, rounds, header.round)
-        if correlated or secret:
-            first = not rounds or header.round == min(rounds)
-            mechanism = whole if first else whole.repeated(0)
+        claim = check_claim(header, ledger.budget.delta)
+        booked = ledger.charges(header.plan.run)
+        _refuse_too_often(claim, tuple(sorted({charge.round for charge in booked})), header.round)
+        whole, terms = whole_release(claim, header.plan), _terms(header, claim)
+        booking = Booking(header.plan.run, header.round, terms, whole, whole, inputs_digest)
+        correlated = claim.min_separation is not None
+        if correlated or claim.sampling_rate < 1:
+            booking = replace(booking, mechanism=_due(booking, booked, correlated))
         else:
-            mechanism = whole.repeated(1)
-        booking = Booking(plan.run, header.round, header.plan_digest, whole, mechanism, inputs_digest)
-        return cls(ledger, ledger.reserve(booking), booking)
+            booking = replace(booking, mechanism=_unamplified(whole))
+        return cls(ledger, ledger.reserve(booking), booking, correlated)
 
     def commit(self, output_digest: str) -> None:
         """Mark that the update was made, before it leaves; another one than before is booked afresh.
 
         Raises:
+            SiteRefusal: `round_repeated` if it is another one than before, and the noise is correlated.
             BudgetExceeded: the budget does not cover it twice.
         """
-        if self.reservation.output_digest not in (None, output_digest):
-            fresh = self.ledger.reserve(self.booking, fresh=True)
-            self.ledger.commit(fresh, output_digest)
+        if self.reservation.output_digest in (None, output_digest):
+            self.ledger.commit(self.reservation, output_digest)
             return
-        self.ledger.commit(self.reservation, output_digest)
+        if self.correlated:
+            raise _repeated(self.booking)
+        again = replace(self.booking, mechanism=_unamplified(self.booking.schedule))
+        self.ledger.commit(self.ledger.reserve(again, fresh=True), output_digest)
 
 
-def check_claim(header: InstructionHeader) -> ReleaseClaim:
-    """Return what the server says of its noise, if the plan's own figures bear it out.
+def _due(booking: Booking, booked: Sequence[Charge], correlated: bool) -> SubsampledGaussian:
+    """Return what a round costs of a mechanism that is booked whole at its first."""
+    whole = booking.schedule
+    prices = (whole, whole.repeated(0), _unamplified(whole))
+    same = [charge for charge in booked if charge.plan_digest == booking.plan_digest and charge.mechanism in prices]
+    here = [charge for charge in booked if charge.round == booking.round]
+    exact = [charge for charge in here if charge in same and charge.inputs_digest == booking.inputs_digest]
+    if correlated and here and not exact:
+        raise _repeated(booking)
+    if not any(charge.mechanism == whole for charge in same):
+        return whole
+    if exact:
+        return exact[-1].mechanism
+    return _unamplified(whole) if here else whole.repeated(0)
 
-    Raises:
-        SiteRefusal: code `no_release_claim` or `wrong_release_claim`.
-    """
-    claim, privacy = header.release, header.plan.privacy
-    if claim is None or not isinstance(privacy, ClientLevel):
-        raise SiteRefusal("no_release_claim", "the server does not say how it noises the sum, so nothing can be booked")
-    problem = _problem(claim, privacy, header.plan)
-    if problem:
-        raise SiteRefusal("wrong_release_claim", f"{problem}; server and plan disagree")
-    return claim
+
+def _unamplified(whole: SubsampledGaussian) -> SubsampledGaussian:
+    return SubsampledGaussian(1.0, whole.noise_multiplier, 1)
 
 
-def _problem(claim: ReleaseClaim, privacy: ClientLevel, plan: ClientPlan) -> str:
-    correlated = privacy.noise.kind != "independent"
-    limits = (claim.min_separation, claim.max_participations)
-    if correlated != all(limit is not None for limit in limits) or (not correlated and any(limits)):
-        return "limits on participation belong to correlated noise, both of them, and to nothing else"
-    if correlated and claim.sampling_rate < 1:
-        return "correlated noise is not amplified by sampling"
-    if privacy.noise_multiplier is not None:
-        if claim.noise_multiplier < privacy.noise_multiplier:
-            return (
-                f"the plan's noise multiplier is {privacy.noise_multiplier:g}, the claim's {claim.noise_multiplier:g}"
-            )
-        return ""
-    steps = 1 if correlated else plan.rounds
-    epsilon = epsilon_of([SubsampledGaussian(claim.sampling_rate, claim.noise_multiplier, steps)], claim.delta)
-    if privacy.target_epsilon is not None and epsilon > privacy.target_epsilon * (1 + _TOLERANCE):
-        return f"the plan's ε is {privacy.target_epsilon:g}, the claimed noise gives {epsilon:.4g}"
-    return ""
+def _terms(header: InstructionHeader, claim: ReleaseClaim) -> str:
+    """Return the plan's digest, with the limits that price correlated noise: a plan may leave them to the server."""
+    if claim.min_separation is None:
+        return header.plan_digest
+    return f"{header.plan_digest} min_separation={claim.min_separation} max_participations={claim.max_participations}"
+
+
+def _repeated(booking: Booking) -> SiteRefusal:
+    return SiteRefusal(
+        "round_repeated",
+        f"round {booking.round} of run {booking.run} was answered before, under another plan or claim, from other "
+        "inputs or with another result: correlated noise must not lie on both; start a new run",
+    )
 
 
 def _refuse_too_often(claim: ReleaseClaim, rounds: Sequence[int], asked: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from protocol.errors import PrivacyError
 
-__all__ = ["SubsampledGaussian", "Truncation"]
+__all__ = ["SubsampledGaussian", "Truncation", "gathered"]
 
 
 @dataclass(frozen=True, order=True)
@@ -62,3 +64,11 @@ class SubsampledGaussian:
             return cls(**parts)
         except TypeError as error:
             raise PrivacyError(f"the stored mechanism cannot be read: {error}") from error
+
+
+def gathered(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussian, ...]:
+    """Return one mechanism per set of parameters, with all of its steps, in order of appearance; none without steps."""
+    steps: Counter[SubsampledGaussian] = Counter()
+    for mechanism in mechanisms:
+        steps[mechanism.repeated(0)] += mechanism.steps
+    return tuple(mechanism.repeated(count) for mechanism, count in steps.items() if count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -29,6 +29,7 @@ __all__ = [
     "ClientPlan",
     "Instruction",
     "InstructionHeader",
+    "LedgerName",
     "PrivacyStatement",
     "ReleaseClaim",
     "Reply",
@@ -41,6 +42,11 @@ __all__ = [
 
 WIRE_VERSION = 1
 """Raised when a message of an older version can no longer be read; both ends compare it first."""
+
+
+LedgerName = Literal["records", "site"]
+"""Which of a site's ledgers: of its records or users, or of itself as one unit."""
+_Head = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ClientPlan(Frozen):
@@ -113,6 +119,11 @@ class InstructionHeader(Frozen):
     )
 
     release: ReleaseClaim | None = Field(default=None, description="client-level: how the server noises the sum")
+    ledger_heads: dict[LedgerName, _Head] = Field(
+        default_factory=dict,
+        description="where this site's ledgers ended when it last answered this server; a ledger that lacks the entry "
+        "was set back",
+    )
 
     @model_validator(mode="after")
     def _client_level_clips(self) -> InstructionHeader:
@@ -152,7 +163,11 @@ class PrivacyStatement(Frozen):
     steps_executed: int = Field(ge=0)
     mechanism: dict[str, Any] | None = Field(
         default=None,
-        description="what was executed, as an accountant reads it (privacy/mechanisms.py): public constants",
+        description="the latest round's parameters with all booked steps, as an accountant reads it "
+        "(privacy/mechanisms.py): public constants",
+    )
+    mechanisms: tuple[dict[str, Any], ...] = Field(
+        default=(), description="what the ledger booked for this run, whatever it was; with each one's steps"
     )
     insecure_seed: bool = False
 
@@ -169,6 +184,9 @@ class ReplyHeader(Frozen):
     steps: int = Field(default=0, ge=0, description="optimizer steps taken: asked for, or fewer by the site's own file")
     privacy: PrivacyStatement | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
+    ledger_heads: dict[LedgerName, _Head] = Field(
+        default_factory=dict, description="the hash of the last entry of each ledger in which this round is booked"
+    )
     below_clip: bool | None = Field(default=None, description="adaptive clipping: whether the clip changed nothing")
     code: str = ""
     reason: str = ""

@@ -1,21 +1,25 @@
 """Instructions and replies as Flower records. The only file of `protocol` that knows Flower.
 
-Tensors travel as named arrays of an `ArrayRecord`, in numpy's own format, never pickled, or, where that takes fewer
-bytes, as a bitmap and the values that are not zero (`sparse.py`); the header travels as one JSON string. An array's
-declared shape, its npy header and its length must agree *before* anything is allocated: a forged header could otherwise
-claim terabytes. What sparse arrays of a message grow to is bounded by the receiver.
+The tensors of a message travel as one array that holds a safetensors file, never pickled: Flower sends every array in
+requests of its own, and fifty of them take seconds. The header of a message travels as one JSON string. safetensors
+compares every shape with the bytes that are there *before* anything is allocated: a forged header could otherwise claim
+terabytes. A tensor with many zeros is stored as a bitmap and the values that are left (`sparse.py`), under a name that
+tells its shape; what these grow to is bounded by the receiver.
 """
 
 from __future__ import annotations
 
-import io
 import math
+import re
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save
 
 from protocol.errors import ReplyRejected, SiteRefusal
 from protocol.instructions import Instruction, Reply, SiteCard, decode_instruction, decode_reply
@@ -26,6 +30,7 @@ __all__ = [
     "LARGEST_MESSAGE",
     "card_to_record",
     "instruction_to_record",
+    "instructions_to_records",
     "payload_bytes",
     "record_to_card",
     "record_to_instruction",
@@ -34,12 +39,14 @@ __all__ = [
 ]
 
 _HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
+_PACKED, _SPARSE = "safetensors", "sparse:"
+_SPARSE_NAME = re.compile(_SPARSE + r"(\d{1,10}(?:x\d{1,10}){0,7}):(.*)", re.DOTALL)
 LARGEST_MESSAGE = 1 << 31
 """Bytes; what Flower sends in one piece."""
-_MOST_DIMENSIONS = 8
-_NPY, _SPARSE = "numpy.ndarray", "cloister.sparse"
-_FORMATS = {"float32": "<f4", "uint8": "|u1"}
+_FORMATS = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 """Tensors, and the bytes of encoded ones (`protocol/codecs/`)."""
+_MAX_HEADER = 4 << 20
+"""Bytes: some twenty thousand tensors. Reading a header takes several times its size in memory."""
 
 
 def instruction_to_record(instruction: Instruction) -> RecordDict:
@@ -47,8 +54,21 @@ def instruction_to_record(instruction: Instruction) -> RecordDict:
     return _record(instruction.header.model_dump_json(), instruction.tensors)
 
 
+def instructions_to_records(instructions: Mapping[str, Instruction]) -> dict[str, RecordDict]:
+    """Return each site's record. Those with the same tensors share their arrays, whatever their headers say: Flower
+    stores and sends them once."""
+    tensors = {id(each.tensors): each.tensors for each in instructions.values()}
+    arrays = {key: _arrays(each) for key, each in tensors.items()}
+    return {
+        site: RecordDict(
+            {_HEADER: ConfigRecord({_JSON: each.header.model_dump_json()}), _TENSORS: arrays[id(each.tensors)]}
+        )
+        for site, each in instructions.items()
+    }
+
+
 def record_to_instruction(record: RecordDict, most_bytes: int = LARGEST_MESSAGE) -> Instruction:
-    """Return the instruction a record carries; its sparse arrays may grow to `most_bytes` together.
+    """Return the instruction a record carries; its sparse tensors may grow to `most_bytes` together.
 
     Raises:
         SiteRefusal: code `malformed_instruction` or `plan_digest`.
@@ -65,7 +85,7 @@ def reply_to_record(reply: Reply) -> RecordDict:
 
 
 def record_to_reply(record: RecordDict, most_bytes: int = LARGEST_MESSAGE) -> Reply:
-    """Return the reply a record carries; its sparse arrays may grow to `most_bytes` together.
+    """Return the reply a record carries; its sparse tensors may grow to `most_bytes` together.
 
     Raises:
         ReplyRejected: code `malformed_reply`.
@@ -97,15 +117,23 @@ def payload_bytes(record: RecordDict) -> int:
 
 
 def _record(header: str, tensors: NamedTensors) -> RecordDict:
-    arrays = OrderedDict(
-        (name, _encoded(tensor.detach().cpu().contiguous().numpy())) for name, tensor in tensors.items()
-    )
-    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: ArrayRecord(arrays)})
+    return RecordDict({_HEADER: ConfigRecord({_JSON: header}), _TENSORS: _arrays(tensors)})
 
 
-def _encoded(array: np.ndarray) -> Array:
-    data = packed(array) if array.dtype == np.float32 else None
-    return Array(array) if data is None else Array("float32", array.shape, _SPARSE, data)
+def _arrays(tensors: NamedTensors) -> ArrayRecord:
+    arrays: OrderedDict[str, Array] = OrderedDict()
+    if tensors:
+        data = save(dict(_stored(name, tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()))
+        arrays[_PACKED] = Array(dtype="uint8", shape=(len(data),), stype=_PACKED, data=data)
+    return ArrayRecord(arrays)
+
+
+def _stored(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Return a tensor and its name as they are packed: sparse, under a name with the shape, where that is smaller."""
+    data = packed(tensor.numpy()) if tensor.dtype == torch.float32 and tensor.dim() else None
+    if data is None:
+        return name, tensor
+    return f"{_SPARSE}{'x'.join(map(str, tensor.shape))}:{name}", torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _header(record: RecordDict) -> str:
@@ -119,44 +147,66 @@ def _tensors(record: RecordDict, most_bytes: int) -> dict[str, torch.Tensor]:
     arrays = record.array_records.get(_TENSORS)
     if arrays is None:
         raise ReplyRejected("malformed_reply", "the message has no tensors record")
-    for name, array in arrays.items():
-        _check_declared(name, array)
-    grown = sum(4 * math.prod(array.shape) for array in arrays.values() if array.stype == _SPARSE)
+    if not arrays:
+        return {}
+    if list(arrays) != [_PACKED]:
+        raise ReplyRejected(
+            "malformed_reply", f"the message has {len(arrays)} arrays, expected one that is named {_PACKED}"
+        )
+    return _grown(_unpacked(arrays[_PACKED]), most_bytes)
+
+
+def _unpacked(array: Array) -> dict[str, torch.Tensor]:
+    """Return the float32 and uint8 tensors of a safetensors file."""
+    if array.stype != _PACKED:
+        raise ReplyRejected("malformed_reply", f"the tensors are serialized as {array.stype!r}, expected {_PACKED!r}")
+    size, announced = len(array.data), int.from_bytes(array.data[:8], "little")
+    if (array.dtype, tuple(array.shape)) != ("uint8", (size,)):
+        raise ReplyRejected(
+            "malformed_reply", f"the tensors are declared as {array.dtype} {tuple(array.shape)}; they have {size} bytes"
+        )
+    if announced > _MAX_HEADER:
+        raise ReplyRejected(
+            "malformed_reply", f"the tensors' header is said to have {announced} bytes, above {_MAX_HEADER}"
+        )
+    try:
+        return {name: _tensor(name, **entry) for name, entry in deserialize(array.data)}
+    except SafetensorError as error:
+        raise ReplyRejected("malformed_reply", f"the tensors' header cannot be read: {str(error)[:200]}") from error
+
+
+def _grown(stored: dict[str, torch.Tensor], most_bytes: int) -> dict[str, torch.Tensor]:
+    """Return the tensors with those that are stored sparse in full."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in stored.items():
+        if not name.startswith(_SPARSE):
+            continue
+        match = _SPARSE_NAME.fullmatch(name)
+        if match is None or tensor.dtype != torch.uint8 or match[2] in stored:
+            raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r}, which is no sparse tensor")
+        shape = tuple(int(size) for size in match[1].split("x"))
+        if math.prod(max(size, 1) for size in shape) >= 1 << 60:  # numpy could not address it, also where a size is 0
+            raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r} with an impossible shape")
+        shapes[name] = shape
+    grown = 4 * sum(math.prod(shape) for shape in shapes.values())
     if grown > most_bytes:
         raise ReplyRejected(
-            "malformed_reply", f"the sparse arrays of a message declare {grown} bytes, expected at most {most_bytes}"
+            "malformed_reply", f"the sparse tensors of a message declare {grown} bytes, expected at most {most_bytes}"
         )
-    return {name: torch.from_numpy(_decoded(name, array)) for name, array in arrays.items()}
+    whole = {name: tensor for name, tensor in stored.items() if name not in shapes}
+    for name, shape in shapes.items():
+        own = name.split(":", 2)[2]
+        if own in whole:
+            raise ReplyRejected("malformed_reply", f"the tensors hold {own[:100]!r} twice")
+        values = unpacked(own[:100], stored[name].numpy().tobytes(), math.prod(shape))
+        whole[own] = torch.from_numpy(values.reshape(shape))
+    return whole
 
 
-def _check_declared(name: str, array: Array) -> None:
-    """Check what an array is declared as: its serialization, its type, its shape."""
-    if array.stype not in (_NPY, _SPARSE):
-        raise ReplyRejected("malformed_reply", f"{name} is serialized as {array.stype!r}, expected {_NPY!r}")
-    allowed = ("float32",) if array.stype == _SPARSE else tuple(_FORMATS)
-    sizes = tuple(array.shape)
-    possible = len(sizes) <= _MOST_DIMENSIONS and all(type(size) is int and 0 <= size < 1 << 40 for size in sizes)
-    # numpy refuses what no memory could address, also where another size is 0: an error that nobody would catch.
-    if array.dtype not in allowed or not possible or math.prod(max(size, 1) for size in sizes) >= 1 << 60:
-        raise ReplyRejected(
-            "malformed_reply",
-            f"{name} is declared as {array.dtype} {sizes}, expected {' or '.join(allowed)}",
-        )
-
-
-def _decoded(name: str, array: Array) -> np.ndarray:
-    """Return the float32 or uint8 array, after comparing its header with the only one that its declared shape can have.
-
-    The header is compared, not parsed: what a stranger wrote there is never interpreted.
-    """
-    shape, descr = tuple(array.shape), _FORMATS[array.dtype]
-    if array.stype == _SPARSE:
-        return unpacked(name, array.data, math.prod(shape)).reshape(shape)
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-    start = header.tell()
-    if not array.data.startswith(header.getvalue()) or len(array.data) - start != np.dtype(descr).itemsize * math.prod(
-        shape
-    ):
-        raise ReplyRejected("malformed_reply", f"{name} declares {array.dtype} {shape}; its payload disagrees")
-    return np.frombuffer(array.data, dtype=descr, offset=start).reshape(shape).copy()
+def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> torch.Tensor:
+    if dtype not in _FORMATS:
+        raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r} as {dtype}, expected F32 or U8")
+    try:
+        return torch.from_numpy(np.ndarray(tuple(shape), _FORMATS[dtype], buffer=data))
+    except (ValueError, OverflowError, RuntimeError) as error:  # a shape such as (0, 2**62), which needs no bytes
+        raise ReplyRejected("malformed_reply", f"the tensors hold {name[:100]!r} with an impossible shape") from error

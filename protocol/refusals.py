@@ -70,6 +70,14 @@ REFUSALS: Mapping[str, Refusal] = {
         "this site's policy does not allow the plan's strategy",
         "server: another `strategy`; site: `policy.strategies`",
     ),
+    "objective_not_allowed": Refusal(
+        "this site's policy does not allow the plan's objective",
+        "server: another `objective`; site: `policy.objectives`",
+    ),
+    "server_rule_not_allowed": Refusal(
+        "this site's policy does not allow how the server combines or steps",
+        "server: another `server_optimizer` or `robust`; site: `policy.server_optimizers`, `policy.robust_rules`",
+    ),
     "quantization_not_allowed": Refusal(
         "this site's policy does not allow the plan's quantization",
         "server: another `quantization`; site: `policy.quantization`",
@@ -103,7 +111,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "site: `cloister site pending`, then `cloister site approve DIGEST`; server: run it again",
     ),
     # the budget
-    "no_budget": Refusal("this site has no privacy budget", "site: set `budget` in the site file"),
+    "no_budget": Refusal(
+        "this site has no privacy budget",
+        "site: set `budget` in the site file, or `site_budget` if the server adds the noise",
+    ),
     "wrong_unit": Refusal(
         "this site's budget counts another unit than the plan protects",
         "server: example_level for records, user_level for users; site: `budget.unit`",
@@ -117,7 +128,9 @@ REFUSALS: Mapping[str, Refusal] = {
         "nothing was trained. The run cannot go on here; a higher budget is the site's decision "
         "(`cloister ledger set-budget`)",
     ),
-    "budget_expired": Refusal("this site's budget has expired", "site: a new `budget.expires`, if that is decided"),
+    "budget_expired": Refusal(
+        "this site's budget has expired", "site: a new `expires` in `budget` or `site_budget`, if that is decided"
+    ),
     "no_release_claim": Refusal(
         "the server does not say how it noises the sum, so this site cannot book it",
         "server and site differ in version, or the server is not Cloister's",
@@ -134,6 +147,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "this site has taken part in the run as often, or as lately, as the plan's noise allows",
         "a fault of the server, which keeps to these limits itself; report it",
     ),
+    "round_repeated": Refusal(
+        "this site has answered the round already, from other inputs or with another result",
+        "correlated noise must not lie on two sums: server: start a new run",
+    ),
     # the site's own condition
     "busy": Refusal(
         "this site is at work on another instruction",
@@ -143,6 +160,10 @@ REFUSALS: Mapping[str, Refusal] = {
     "ledger_unusable": Refusal(
         "this site's ledger cannot be used",
         "site: `cloister ledger verify --site site.yaml`; restore the newest copy, keys and ledger.head included",
+    ),
+    "ledger_set_back": Refusal(
+        "this site's ledger lacks an entry that the site stated before",
+        "site: restore the newest copy of state_directory; an older one would forget what was spent since",
     ),
     "clock": Refusal(
         "this site's clock is behind its own ledger",
@@ -183,7 +204,7 @@ REFUSALS: Mapping[str, Refusal] = {
         "nothing: the server sends the whole adapter in its next round",
     ),
     "replay_mismatch": Refusal(
-        "this round of this run was answered already, for another instruction",
+        "this round of this run was answered already, for another instruction or on other records",
         "server: start a run under a new name; nothing more is answered for that round",
     ),
     "missing_tensor": Refusal("the adapter lacks a tensor", "model, PEFT settings or version differ"),

@@ -46,11 +46,22 @@ class RunBudget:
 
         Raises:
             BudgetExceeded: with the figures; nothing is booked then.
+            PrivacyError: no step is booked for a round of a mechanism that was not paid for under the same inputs.
         """
         inputs = inputs_digest(self.inputs, str(round_number))
+        if not mechanism.steps and not self._is_paid(mechanism):
+            raise PrivacyError(
+                f"round {round_number} of run {self.run} belongs to correlated noise that is not booked: round 1 had "
+                "other sites, weights or settings; restore them, or start a new run"
+            )
         return self.ledger.reserve(
             Booking(self.run, round_number, self.plan_digest, self.schedule, mechanism, inputs), fresh=fresh
         )
+
+    def _is_paid(self, mechanism: SubsampledGaussian) -> bool:
+        first = (1, inputs_digest(self.inputs, "1"), self.schedule)
+        booked = ((each.round, each.inputs_digest, each.mechanism) for each in self.ledger.charges(self.run))
+        return mechanism == self.schedule.repeated(0) and first in booked
 
     def commit(self, reservation: Reservation, released: str) -> None:
         """Mark that the round was noised, with the digest of what it released; called before that is used or stored.

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 
 from conf.schema.federation import Buffered, Mode, Synchronous
 from protocol.instructions import Reply
-from protocol.records import instruction_to_record, payload_bytes
+from protocol.records import instructions_to_records, payload_bytes
 from protocol.tensors import NamedTensors
 from server.arrivals import arrivals
 from server.cohort import Member
@@ -146,13 +146,12 @@ class BufferedCollector:
     def _ask(self, round_number: int, assignments: Mapping[str, Assignment], cohort: tuple[Member, ...]) -> None:
         busy = {work.site for work in self._at_work.values()}
         idle = [member for member in cohort if member.site not in busy]
-        records = {id(assignments[member.site]): assignments[member.site].instruction for member in idle}
-        sent = {key: instruction_to_record(instruction) for key, instruction in records.items()}
-        messages = [Message(sent[id(assignments[each.site])], each.node_id, MessageType.TRAIN) for each in idle]
+        sent = instructions_to_records({each.site: assignments[each.site].instruction for each in idle})
+        messages = [Message(sent[each.site], each.node_id, MessageType.TRAIN) for each in idle]
         identifiers = self._grid.push_messages(messages) if messages else ()
         for identifier, member in zip(identifiers, idle, strict=True):
             assignment = assignments[member.site]
-            down = payload_bytes(sent[id(assignment)])
+            down = payload_bytes(sent[member.site])
             self._at_work[identifier] = _AtWork(member.site, round_number, assignment, down)
 
     def _taken(self, work: _AtWork, message: Message, round_number: int, accept: Accept) -> tuple[SiteReplied, bool]:

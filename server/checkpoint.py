@@ -11,11 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetuning.checkpoints import load_tensors, save_tensors
+from protocol.instructions import LedgerName
 from protocol.tensors import NamedTensors
 from server.downlink import Sent
 from strategies.base import ServerState
 
-__all__ = ["Checkpoint", "load_newest", "save_checkpoint"]
+__all__ = ["Checkpoint", "Heads", "load_newest", "save_checkpoint"]
+
+Heads = Mapping[str, dict[LedgerName, str]]
+"""Each site's ledger heads."""
 
 _log = logging.getLogger(__name__)
 _ADAPTER, _STATE, _SENT, _LEFT = "adapter/", "state/", "sent/", "left/"
@@ -30,11 +34,15 @@ class Checkpoint:
     state: ServerState
     members: tuple[str, ...]
     """The sites of the run: cohorts are drawn from these."""
-    protection: Mapping[str, float] = field(default_factory=dict)
+    protection: Mapping[str, float | str] = field(default_factory=dict)
     """What the server's own privacy mechanism carries on, beside its ledger and its keys."""
     sent: Sent = field(default_factory=Sent)
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Rounds whose update was not used and whose site has not been told yet, by site."""
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    """The members' Flower nodes: of two that give one name, the one known is believed."""
+    heads: Heads = field(default_factory=dict)
+    """Where each site's ledgers ended when it last answered (`protocol.instructions.ReplyHeader.ledger_heads`)."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, run: str, config_digest: str, base_digest: str) -> Path:
@@ -49,6 +57,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, run: str, config_di
         "protection": checkpoint.protection,
         "confirmed": checkpoint.sent.confirmed,
         "unused": checkpoint.unused,
+        "nodes": checkpoint.nodes,
+        "heads": checkpoint.heads,
     }
     parts = {
         _ADAPTER: checkpoint.adapter,
@@ -85,6 +95,8 @@ def load_newest(folder: Path, *, run: str, config_digest: str, base_digest: str)
                 protection=facts["protection"],
                 sent=Sent(_part(tensors, _SENT), _part(tensors, _LEFT), tuple(facts["confirmed"])),
                 unused={site: tuple(rounds) for site, rounds in facts["unused"].items()},
+                nodes={site: int(node) for site, node in facts.get("nodes", {}).items()},
+                heads=facts.get("heads", {}),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             _log.warning("checkpoint %s is passed over: it cannot be read (%s)", path, type(error).__name__)

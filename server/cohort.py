@@ -48,6 +48,7 @@ def enroll(
     timeout_s: float,
     *,
     names: Collection[str] | None = None,
+    known: Mapping[str, int] | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Member, ...]:
@@ -59,16 +60,21 @@ def enroll(
     With `names`, the sites of a run that is resumed, all of these are waited for and no other takes part: a cohort
     drawn from other sites would be another run.
 
+    Of two connected nodes with one name the first that answered takes part, or the one that is `known` under that
+    name from before; the other is passed over with a warning. Node keys are not visible here, so nothing else can
+    tell them apart.
+
     Raises:
-        FederationError: too few cards in time, one of `names` missing, or two connected nodes with one name.
+        FederationError: too few cards in time, or one of `names` missing.
     """
     if math.isinf(timeout_s):
         timeout_s = 0.0  # in one process a node answers when it is asked, or never
     deadline, starts_by = clock() + timeout_s, math.inf
-    roll = _Roll(grid)
+    roll = _Roll(grid, known or {})
     while True:
         roll.poll()
-        present = {member.site for member in roll.members.values()}
+        members = roll.members
+        present = set(members)
         if names is not None and present.issuperset(names):
             break
         now, cards = clock(), len(present) if names is None else 0
@@ -90,7 +96,7 @@ def enroll(
         sleep(_POLL_S)
     for node in roll.pending:
         _log.warning("node %d has not sent its card; the run starts without it", node)
-    chosen = [member for member in roll.members.values() if names is None or member.site in names]
+    chosen = [member for member in members.values() if names is None or member.site in names]
     return tuple(sorted(chosen, key=lambda member: member.site))
 
 
@@ -159,23 +165,29 @@ def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:
 class _Roll:
     """The connected nodes: who was asked for a card, and who sent one."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, known: Mapping[str, int]) -> None:
+        self._grid, self._known = grid, known
         self._queries: dict[int, str] = {}
+        self._cards: dict[int, Member] = {}
+        """By node, in the order in which they came."""
         self.connected = 0
-        self.members: dict[int, Member] = {}
         self.pending: dict[int, str] = {}
         """The nodes that have not answered, and their queries' identifiers."""
 
-    def poll(self) -> None:
-        """Ask who is new, forget who left, and take what has arrived.
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """The sites by name, one node each. A node that was passed over takes part when the other one leaves."""
+        chosen: dict[str, Member] = {}
+        for member in self._cards.values():
+            if member.site not in chosen or member.node_id == self._known.get(member.site):
+                chosen[member.site] = member
+        return chosen
 
-        Raises:
-            FederationError: two connected nodes with one name.
-        """
+    def poll(self) -> None:
+        """Ask who is new, forget who left, and take what has arrived."""
         connected = sorted(self._grid.get_node_ids())
         self.connected = len(connected)
-        for known in (self._queries, self.members, self.pending):
+        for known in (self._queries, self._cards, self.pending):
             for node in known.keys() - connected:
                 del known[node]
         for node in connected:
@@ -202,6 +214,12 @@ class _Roll:
         except ReplyRejected as error:
             _log.warning("node %d sent no usable card: %s", node, error)
             return
-        if any(other.site == member.site for other in self.members.values()):
-            raise FederationError(f"two nodes call themselves {member.site!r}; give each site file its own name")
-        self.members[node] = member
+        self._cards[node] = member
+        if any(other.site == member.site for other in self._cards.values() if other is not member):
+            _log.warning(
+                "nodes %s call themselves %r, and node %d takes part; give each site file its own name, or find out "
+                "whose the others are",
+                sorted(other.node_id for other in self._cards.values() if other.site == member.site),
+                member.site,
+                self.members[member.site].node_id,
+            )

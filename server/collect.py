@@ -15,7 +15,7 @@ from protocol.codecs.base import WireContext, value_count
 from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
-from protocol.records import instruction_to_record, payload_bytes, record_to_reply
+from protocol.records import instructions_to_records, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors
 from server.arrivals import arrivals
 from server.cohort import Member
@@ -37,7 +37,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a site is asked, and the names, shapes and dtypes of a valid update. Sites may share one."""
+    """What a site is asked, and the names, shapes and dtypes of a valid update. Sites may share tensors."""
 
     instruction: Instruction
     expected: Layout
@@ -85,11 +85,10 @@ def collect(
         waiting_by: the clock and the sleep; None: the machine's.
     """
     clock, sleep = (waiting_by or Waiting()).clock, (waiting_by or Waiting()).sleep
-    # One record for all that share an assignment: Flower stores and sends its tensors once.
-    records = {id(each): instruction_to_record(each.instruction) for each in assignments.values()}
-    asked = {site: (each, payload_bytes(records[id(each)])) for site, each in assignments.items()}
+    records = instructions_to_records({site: each.instruction for site, each in assignments.items()})
+    asked = {site: (each, payload_bytes(records[site])) for site, each in assignments.items()}
     sites = {member.node_id: member.site for member in cohort}
-    messages = [Message(records[id(assignments[member.site])], member.node_id, MessageType.TRAIN) for member in cohort]
+    messages = [Message(records[member.site], member.node_id, MessageType.TRAIN) for member in cohort]
     identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
     waiting = {
         identifier: sites[message.metadata.dst_node_id]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Protocol
 
 from conf.schema.experiment import Experiment
@@ -14,6 +12,7 @@ from privacy.accounting import accountant_of
 from privacy.client_level import ClientLevelPlan, bounded_weights, build_client_level_plan
 from privacy.client_release import ClientLevelRelease, ClippedSum
 from privacy.ledger import Reservation
+from privacy.mechanisms import gathered
 from privacy.randomness import SecureStream, inputs_digest
 from privacy.sampling import PoissonSampling
 from protocol.errors import PrivacyError
@@ -21,14 +20,13 @@ from protocol.instructions import PrivacyStatement, ReleaseClaim, Reply, client_
 from protocol.tensors import Layout, NamedTensors, digest
 from server.budget import RunBudget, agreed_delta
 from server.cohort import Member, draw_cohort, draw_in_rotation, weights_of
-from server.events import Event, Observer, RoundFinished, RoundStarted, SiteReplied
+from server.discretion import discreet
+from server.events import Observer
 from server.run_directory import RunDirectory
 from strategies.base import Aggregator, Contribution, Strategy
 from strategies.objectives.local_steps import effective_steps
 
 __all__ = ["ClientLevelProtection", "NoProtection", "Protection", "protection_for"]
-
-_log = logging.getLogger(__name__)
 
 
 class Protection(Protocol):
@@ -82,11 +80,11 @@ class Protection(Protocol):
         """Mark the round as spent, and return what was spent so far; before the new adapter is used or stored."""
         ...
 
-    def state(self) -> Mapping[str, float]:
+    def state(self) -> Mapping[str, float | str]:
         """Return what the next round needs; stored in the checkpoint."""
         ...
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Go on from what `state` returned before an interruption; `layout` is that of the updates."""
         ...
 
@@ -173,11 +171,11 @@ class NoProtection:
     def commit(self) -> None:
         """Nothing was spent here."""
 
-    def state(self) -> Mapping[str, float]:
+    def state(self) -> Mapping[str, float | str]:
         """Return nothing: cohorts follow from the seed."""
         return {}
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Nothing is carried on."""
 
     def observer(self, observe: Observer) -> Observer:
@@ -242,19 +240,27 @@ class ClientLevelProtection:
             max_participations=None if limits is None else limits.max_participations,
         )
 
-    def state(self) -> dict[str, float]:
-        """Return what a server that starts again needs beside its own ledger and keys: rounds released, and the clip
-        norm after them. Both are public.
+    def state(self) -> dict[str, float | str]:
+        """Return what a server that starts again needs beside its own ledger and keys: rounds released, the clip norm
+        after them, and the digest of what decides how rounds are released. All are public.
         """
-        return {"rounds": self._round, "clip_norm": self.clip_norm}
+        return {"rounds": self._round, "clip_norm": self.clip_norm, "inputs": self._budget.inputs}
 
-    def restore(self, state: Mapping[str, float], layout: Layout) -> None:
+    def restore(self, state: Mapping[str, float | str], layout: Layout) -> None:
         """Go on after `state`: what the next rounds release is bit for bit what it would have been.
 
         Args:
             state: of `state`, after the last round whose adapter was stored.
             layout: of the updates.
+
+        Raises:
+            PrivacyError: sites, weights or settings are not those of the rounds before: the noise would be another.
         """
+        if state.get("inputs") != self._budget.inputs:
+            raise PrivacyError(
+                f"run {self._budget.run} cannot go on: its sites, their published_records or its privacy settings are "
+                "not those it began with, and its noise is bound to them; restore them, or start a new run"
+            )
         self._round = int(state["rounds"])
         values = sum(math.prod(spec.shape) for spec in layout.values())
         self._release = ClientLevelRelease.resumed(
@@ -328,26 +334,29 @@ class ClientLevelProtection:
         self._budget.commit(self._reserved, self._released)
         self._reservation = None
         plan, ledger = self._plan, self._budget.ledger
-        epsilon_budget = ledger.budget.epsilon
+        account = ledger.account(self._budget.run)
+        booked = gathered(ledger.mechanisms(self._budget.run))
+        steps = sum(each.steps for each in booked)
         return PrivacyStatement(
             unit="site",
             relation=plan.relation,
             epsilon_run=ledger.spent(self._budget.run),
-            epsilon_total=min(ledger.spent(), epsilon_budget),
-            epsilon_budget=epsilon_budget,
+            epsilon_total=min(ledger.spent(), account.admitted),
+            epsilon_budget=account.budget.epsilon,
             delta=plan.delta,
             accountant=accountant_of([plan.whole_run]),
             noise_multiplier=plan.noise_multiplier,
             clip_norm=self.clip_norm,
             sampling_rate=plan.sampling_rate,
-            steps_executed=self._round,
-            mechanism=plan.executed(self._round).to_json(),
+            steps_executed=self._round if plan.participation else steps,
+            mechanism=plan.whole_run.repeated(steps).to_json(),
+            mechanisms=tuple(each.to_json() for each in booked),
             insecure_seed=self._insecure_seed is not None,
         )
 
     def observer(self, observe: Observer) -> Observer:
         """Keep who was asked, and who replied, out of everything that is shown or stored where cohorts are secret."""
-        return _discreet(observe) if self._plan.secret_cohort else observe
+        return discreet(observe) if self._plan.secret_cohort else observe
 
     def close(self) -> None:
         """Release the ledger's file."""
@@ -380,20 +389,3 @@ def _digest(folded: ClippedSum) -> str:
     """Return the digest of all that is released of a round, rounded so that the order of arrival does not show."""
     parts = digest({name: part.float() for name, part in folded.parts.items()})
     return inputs_digest(parts, repr(folded.count))
-
-
-def _discreet(observe: Observer) -> Observer:
-    def pass_on(event: Event) -> None:
-        match event:
-            case RoundStarted():
-                observe(replace(event, cohort=()))
-            case SiteReplied():
-                if not event.accepted:
-                    # The reason may name the site: the log would tell who was in a secret cohort.
-                    _log.warning("round %d: a reply was not used: %s", event.round, event.code)
-            case RoundFinished():
-                observe(replace(event, accepted=None, rejected=None))
-            case _:
-                observe(event)
-
-    return pass_on

@@ -17,10 +17,10 @@ from conf.schema.experiment import Experiment
 from conf.schema.robust import replies_needed
 from conf.schema.strategy_rules import one_rank_because_of
 from protocol.errors import FederationError
-from protocol.instructions import ClientPlan, Instruction, InstructionHeader, Reply, client_plan
+from protocol.instructions import ClientPlan, Instruction, InstructionHeader, LedgerName, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, digest, layout_of
 from server.buffered import Collector, collector_for
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, Heads
 from server.cohort import Member, enroll, of_full_rank
 from server.collect import Assignment, Collected, Waiting
 from server.downlink import Downlink, downlink_for
@@ -70,6 +70,8 @@ class _Progress:
     evaluation: Evaluated | None
     unused: Mapping[str, tuple[int, ...]]
     """Rounds whose update was not used and whose site has not been told yet."""
+    heads: Heads
+    """Where each site's ledgers ended when it last answered: it is reminded, and notices a ledger that was set back."""
 
 
 def run_federation(
@@ -95,7 +97,8 @@ def run_federation(
     federation = experiment.federation
     strategy = build_strategy(experiment.strategy)
     checkpoint = directory.newest_checkpoint()
-    members = enroll(grid, expected_sites, timeout_s, names=checkpoint.members if checkpoint else None)
+    names_before, nodes_before = (checkpoint.members, checkpoint.nodes) if checkpoint else (None, None)
+    members = enroll(grid, expected_sites, timeout_s, names=names_before, known=nodes_before)
     reason = one_rank_because_of(experiment.strategy)
     if reason is not None:
         members = of_full_rank(members, experiment.peft.rank, reason)
@@ -126,12 +129,18 @@ def run_federation(
             observe(RunStarted(directory.run, federation.rounds, names, values))
             state = strategy.server.init(adapter)
             state = replace(state, numbers={**state.numbers, "population": float(len(members))})
-            progress = _Progress(adapter, state, _evaluate(evaluator, adapter, 0, experiment, observe), {})
+            progress = _Progress(adapter, state, _evaluate(evaluator, adapter, 0, experiment, observe), {}, {})
         else:
             observe(RunResumed(directory.run, checkpoint.round, federation.rounds, names))
             downlink.restore(checkpoint.sent)
             protection.restore(checkpoint.protection, _uploaded(run, checkpoint.round + 1, checkpoint.adapter))
-            progress = _Progress(checkpoint.adapter, checkpoint.state, directory.newest_evaluation(), checkpoint.unused)
+            progress = _Progress(
+                checkpoint.adapter,
+                checkpoint.state,
+                directory.newest_evaluation(),
+                checkpoint.unused,
+                checkpoint.heads,
+            )
         for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
             progress = _round(run, number, progress, evaluator, directory, observe, clock)
     directory.save_adapter(evaluator.adapted, progress.adapter)
@@ -162,7 +171,10 @@ def _round(
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
 
+    heads = dict(progress.heads)
+
     def accept(site: str, reply: Reply, start: NamedTensors) -> None:
+        heads[site] = {**heads.get(site, {}), **reply.header.ledger_heads}
         protection.fold(site, reply, start)
         run.downlink.confirmed(site)
 
@@ -197,10 +209,11 @@ def _round(
     # In a checkpoint these names would tell who was in a secret cohort, so such sites are not told.
     unused = {} if protection.secret_cohort else _still_unused(progress.unused, cohort, collected.unused, round_number)
     names = tuple(member.site for member in run.members)
+    nodes = {member.site: member.node_id for member in run.members}
     directory.save_checkpoint(
-        Checkpoint(round_number, adapter, state, names, protection.state(), run.downlink.state(), unused)
+        Checkpoint(round_number, adapter, state, names, protection.state(), run.downlink.state(), unused, nodes, heads)
     )
-    return _Progress(adapter, state, evaluation, unused)
+    return _Progress(adapter, state, evaluation, unused, heads)
 
 
 def _still_unused(
@@ -215,12 +228,22 @@ def _still_unused(
 def _assignments(
     run: _Run, round_number: int, progress: _Progress, cohort: tuple[Member, ...]
 ) -> Mapping[str, Assignment]:
-    """Return each site's work; sites of one rank that are told the same, in full or as a change, share it."""
+    """Return each site's work; sites of one rank that are told the same, in full or as a change, share its tensors."""
     asked = {member.site: (_rank(member, run.plan), progress.unused.get(member.site, ())) for member in cohort}
     by_kind = {kind: _assignment(run, round_number, progress, *kind) for kind in set(asked.values())}
     short = {kind: _shortened(run, assignment) for kind, assignment in by_kind.items()}
     holds = run.downlink.holds_last
-    return {site: (short if holds(site) else by_kind)[kind] for site, kind in asked.items()}
+    shared = {site: (short if holds(site) else by_kind)[kind] for site, kind in asked.items()}
+    return {site: _reminded(each, progress.heads.get(site)) for site, each in shared.items()}
+
+
+def _reminded(assignment: Assignment, heads: dict[LedgerName, str] | None) -> Assignment:
+    """Return the work with the site's own ledger heads in its header."""
+    if not heads:
+        return assignment
+    told = assignment.instruction
+    header = told.header.model_copy(update={"ledger_heads": heads})
+    return replace(assignment, instruction=replace(told, header=header))
 
 
 def _shortened(run: _Run, full: Assignment) -> Assignment:

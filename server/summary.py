@@ -22,7 +22,8 @@ SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
 
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
-_LOST = ("no_reply", "flower_error", "malformed_reply", "site_error")
+_LOST = ("no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent")
+"""Codes after which a site may have trained: its process may have been killed, or hung, after it had reserved."""
 _WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
@@ -136,11 +137,13 @@ def _over_sites(stated: Sequence[PrivacyStatement], epsilon: float, several: int
     if several == 1 or not delta:
         return epsilon
     try:
-        executed = [[SubsampledGaussian.from_json(statement.mechanism or {})] for statement in stated]
+        executed = [[SubsampledGaussian.from_json(each) for each in statement.mechanisms] for statement in stated]
     except PrivacyError:
         return None
+    if not all(executed):
+        return None
     if stated[0].unit == "site":
-        return epsilon_of(executed[0], delta, group_size=several)
+        return max(epsilon, epsilon_of(executed[0], delta, group_size=several))
     return max(epsilon, epsilon_over_sites(executed, delta, overlap=min(several, len(executed))))
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-__all__ = ["Figure", "main", "measure_all"]
+__all__ = ["Figure", "main", "measure_all", "print_figures"]
 
 _BASE = (
     "privacy.insecure_seed=1",
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two rounds, no Ray, one small model")
+    parser.add_argument("--deployment", action="store_true", help="also a deployment on loopback, some three minutes")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", nargs=2, metavar=("RUNTIME", "SITES"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(_simulated(runtime, int(sites), options.overrides)))  # noqa: T201 - read by the parent process
         return
     figures = measure_all(options.quick)
-    _print_table(figures)
+    print_figures(figures, "simulation and program")
     from simulations.bench_codecs import print_table
     from simulations.bench_privacy import CASES, QUICK, print_tables
 
@@ -90,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_aggregation_table(20, 1_000_000)
     else:
         print_aggregation_table()
+    if options.deployment:
+        from simulations.bench_deployment import main as print_deployment
+
+        print_deployment([])
     if options.json:
         options.json.write_text(json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False))
 
@@ -135,11 +140,13 @@ def _help_seconds() -> float:
     return min(times)
 
 
-def _print_table(figures: Sequence[Figure]) -> None:
+def print_figures(figures: Sequence[Figure], title: str) -> None:
+    """Print figures as a table that says on what they were measured."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"measured on {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    table = Table(title=f"{title}; measured on {machine}")
     for heading in ("figure", "measured", "aim"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for figure in figures:

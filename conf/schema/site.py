@@ -28,7 +28,15 @@ _DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class SiteBudget(Frozen):
+class _Expiring(Frozen):
+    expires: date | None = Field(default=None, description="the last day (UTC) on which it may be spent; null: no end")
+
+    def expired(self, now: datetime) -> bool:
+        """Return whether nothing of it may be spent any more; `now` is aware of its time zone."""
+        return self.expires is not None and now.astimezone(ZoneInfo("UTC")).date() > self.expires
+
+
+class SiteBudget(_Expiring):
     """The most one unit of this site's data set may ever cost, over all runs."""
 
     unit: Literal["record", "user"] = Field(
@@ -36,11 +44,6 @@ class SiteBudget(Frozen):
     )
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
-    expires: date | None = Field(default=None, description="the last day (UTC) on which it may be spent; null: no end")
-
-    def expired(self, now: datetime) -> bool:
-        """Return whether nothing of it may be spent any more; `now` is aware of its time zone."""
-        return self.expires is not None and now.astimezone(ZoneInfo("UTC")).date() > self.expires
 
 
 class WorkingHours(Frozen):
@@ -79,7 +82,7 @@ class WorkingHours(Frozen):
         return (today and clock >= self.start) or (yesterday and clock < self.end)
 
 
-class WholeSiteBudget(Frozen):
+class WholeSiteBudget(_Expiring):
     """The most this whole site may ever cost in client-level runs, by what their servers say of their noise."""
 
     epsilon: float = Field(gt=0)
@@ -105,7 +108,11 @@ class SitePolicy(Frozen):
         description="take part in client-level runs without protection of its own: the server sees this site's clipped "
         "update and is trusted to add the noise",
     )
-    min_noise_multiplier: float = Field(default=0.0, ge=0, description="noise std over clip norm, at least")
+    min_noise_multiplier: float = Field(
+        default=0.0,
+        ge=0,
+        description="noise std over clip norm, at least: this site's, or, where it adds none, what the server claims",
+    )
     max_clip_norm: float = Field(default=1e6, gt=0)
     max_epsilon_per_run: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
     max_epsilon_per_round: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
@@ -119,6 +126,17 @@ class SitePolicy(Frozen):
         default=None, description="SHA-256 digests of allowed bases; null: the one at model_path, and no other"
     )
     strategies: tuple[str, ...] | None = Field(default=None, description="such as fedit; null: any")
+    objectives: tuple[str, ...] | None = Field(
+        default=None, description="what is minimized, besides the plain loss (none), such as fedprox; null: any"
+    )
+    server_optimizers: tuple[str, ...] | None = Field(
+        default=None,
+        description="how the server steps, besides none. It comes after the noise, and the server's word is all there "
+        "is for it; null: any",
+    )
+    robust_rules: tuple[str, ...] | None = Field(
+        default=None, description="how the server combines, besides none; its word, as above; null: any"
+    )
     quantization: tuple[str, ...] | None = Field(
         default=None, description="codecs an update may leave in, besides plain float32 (none); null: any"
     )

@@ -1,5 +1,6 @@
 """A site's record of what it has spent: durable, append-only, hash-chained, signed, and asked before every round."""
 
+from privacy.ledger.admission import Charge
 from privacy.ledger.budget import Budget
 from privacy.ledger.keys import HEAD_FILE, SigningKey, SiteKeys, load_or_create_keys, open_private
 from privacy.ledger.ledger import Account, Booking, Ledger, Reservation
@@ -9,6 +10,7 @@ __all__ = [
     "Account",
     "Booking",
     "Budget",
+    "Charge",
     "Ledger",
     "Reservation",
     "SigningKey",

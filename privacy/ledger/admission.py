@@ -48,6 +48,7 @@ class Charge:
     mechanism: SubsampledGaussian
     inputs_digest: str
     attempt: int
+    plan_digest: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def charges_of(entries: Iterable[Entry], fingerprints: Collection[str]) -> tuple
                     mechanism,
                     content["inputs_digest"],
                     content["attempt"],
+                    content["plan_digest"],
                 )
             )
     return tuple(found)

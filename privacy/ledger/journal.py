@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -74,10 +75,11 @@ class Journal:
         Raises:
             LedgerUnusable: the chain is broken, or the database fails.
         """
-        with self._store.writing() as transaction:
-            pen = Pen(transaction, self._checked(transaction), self._key, self._clock)
-            yield pen
-        self._note_head(pen.entries)
+        with self._alone():  # also while the head is noted, or a slower writer could note an older one after it
+            with self._store.writing() as transaction:
+                pen = Pen(transaction, self._checked(transaction), self._key, self._clock)
+                yield pen
+            self._note_head(pen.entries)
 
     @contextmanager
     def reading(self) -> Generator[tuple[Transaction, tuple[Entry, ...]], None, None]:
@@ -122,6 +124,20 @@ class Journal:
                     "newest copy"
                 )
         return entries
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Hold the lock beside the head's file, between threads and between processes."""
+        if self._head_file is None:
+            yield
+            return
+        try:
+            lock = open_private(self._head_file.with_name(f"{self._head_file.name}.lock"), "a")
+        except OSError as error:
+            raise LedgerUnusable(f"{self._head_file}.lock cannot be opened: {error.strerror}; free the disk") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _note_head(self, entries: Sequence[Entry]) -> None:
         """Write the last entry's hash beside the keys, whole or not at all."""

@@ -27,7 +27,7 @@ from privacy.ledger.chain import Entry
 from privacy.ledger.journal import Clock, Journal, Pen
 from privacy.ledger.keys import SigningKey
 from privacy.ledger.store import Transaction
-from privacy.mechanisms import SubsampledGaussian
+from privacy.mechanisms import SubsampledGaussian, gathered
 from protocol.errors import BudgetExceeded, PrivacyError, ReplayDiverged
 
 __all__ = ["Account", "Booking", "Ledger", "Reservation"]
@@ -85,6 +85,8 @@ class Account:
     """The largest ε under which anything was booked: no unit has spent more, also after the budget was lowered."""
     steps: int
     """Booked by the run."""
+    mechanisms: tuple[SubsampledGaussian, ...]
+    """Booked by the run: public constants, one for each set of parameters, with its steps."""
 
 
 class Ledger:
@@ -197,13 +199,35 @@ class Ledger:
                 budget=self._budget(entries),
                 admitted=max(budgets, default=0.0),
                 steps=sum(charge.mechanism.steps for charge in of_run),
+                mechanisms=gathered(charge.mechanism for charge in of_run),
             )
 
-    def rounds_booked(self, run: str) -> tuple[int, ...]:
-        """Return the rounds of a run that are booked on this data, in ascending order."""
+    def charges(self, run: str) -> tuple[Charge, ...]:
+        """Return what a run booked on this data, in order."""
         with self._journal.reading() as (transaction, entries):
-            charges = charges_of(entries, self._concerned(transaction))
-            return tuple(sorted({charge.round for charge in charges if charge.run == run}))
+            return tuple(each for each in charges_of(entries, self._concerned(transaction)) if each.run == run)
+
+    def refuses_other_inputs(self, run: str, round_number: int, inputs_digest: str) -> bool:
+        """Return whether this round of this run was committed, on any data set, and never with these inputs."""
+        with self._journal.reading() as (_, entries):
+            committed = {entry.content["reserve"] for entry in entries if entry.kind == "commit"}
+            answered = [
+                charge
+                for charge in _all_charges(entries)
+                if (charge.run, charge.round) == (run, round_number) and charge.sequence in committed
+            ]
+        return bool(answered) and all(charge.inputs_digest != inputs_digest for charge in answered)
+
+    @property
+    def head(self) -> str:
+        """The hash (hex) of the last entry. Public: it covers keyed hashes, and tells nothing that they do not."""
+        with self._journal.reading() as (_, entries):
+            return entries[-1].hash
+
+    def holds(self, head: str) -> bool:
+        """Return whether an entry has this hash: a ledger that ended there before has only been added to since."""
+        with self._journal.reading() as (_, entries):
+            return any(entry.hash == head for entry in entries)
 
     @property
     def budget(self) -> Budget:
@@ -259,6 +283,7 @@ class Ledger:
             booking.mechanism,
             booking.inputs_digest,
             attempt,
+            booking.plan_digest,
         )
         after = self._state(pen.entries, (*earlier, charge), concerned)
         if not after.epsilon <= budget.epsilon * (1 + _TOLERANCE):  # unknown (NaN) means refused

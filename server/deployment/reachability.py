@@ -27,6 +27,10 @@ HIDDEN = (
     ("POST", "/v1/fleet/%2e%2e/control/list-runs"),
     ("POST", "/v1/fleet/..%2fcontrol/list-runs"),
     ("POST", "//v1/control/list-runs"),
+    ("POST", "/v1/fleet/pull-messages%0a"),
+    ("POST", "/v1/fleet/pull-messages%0d"),
+    ("POST", "/v1/fleet/pull-messages%0d%0a"),
+    ("POST", "/v1/fleet/pull-messages%0aX-Header:%20x"),
 )
 """What must look as if it did not exist to whoever comes through the proxy, in several spellings."""
 _PROTOBUF = {"Content-Type": "application/protobuf", "Accept": "application/protobuf"}

@@ -43,7 +43,7 @@ def test_nothing_unpickles_or_evaluates(path: Path) -> None:
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
     assert not called & {"eval", "exec"}
-    # torch.load reads pickles; tensors are stored and sent as safetensors or npy.
+    # torch.load reads pickles; tensors are stored and sent as safetensors.
     source = (ROOT / path).read_text()
     assert "torch.load(" not in source
     assert "allow_pickle=True" not in source

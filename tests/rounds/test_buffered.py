@@ -125,6 +125,7 @@ def test_a_stale_update_is_scaled_before_it_is_folded(monkeypatch: pytest.Monkey
     class Instructed:
         instruction = type("Empty", (), {"tensors": {}})()
         expected: Any = None
+        start: Any = None
 
     time = SimulatedTime()
     collector = BufferedCollector(None, Buffered(), 1.0, Waiting(time.now, time.sleep))  # type: ignore[arg-type]

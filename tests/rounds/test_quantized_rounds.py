@@ -127,7 +127,7 @@ def test_a_round_is_near_the_one_in_float32(
     # Two sites' updates may point apart, and the error is relative to each of them: a factor of 2 covers that.
     assert float((change - exact).norm() / exact.norm()) <= 2 * error
     assert not torch.equal(change, exact)
-    # Beside the update a reply has a JSON header, about 400 bytes, and float32 an npy header per tensor.
+    # Beside the update a reply has a JSON header, about 400 bytes, and a header with an entry per tensor.
     assert sent <= bits / 8 * exact.numel() * 1.05 + 1500
     assert sent < sent_exact
 

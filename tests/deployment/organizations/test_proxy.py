@@ -48,6 +48,12 @@ def test_only_fleet_and_health_come_through(proxied: Server) -> None:
     assert proxied.proxy.ask("GET", "/v1/fleet/pull-messages") in (403, 404, 405)
 
 
+def test_what_the_superlink_gets_is_the_path_that_was_matched(proxied: Server) -> None:
+    """The SuperLink alone answers 401; a path that it does not know would be a 404."""
+    for path in ("//v1/fleet/pull-messages", "/v1/x/../fleet/pull-messages", "/v1/fleet/%70ull-messages"):
+        assert proxied.proxy.ask("POST", path, headers=PROTOBUF) == 401, path
+
+
 def test_large_messages_come_through_and_larger_ones_do_not(proxied: Server) -> None:
     """Flower's chunks have 5 MiB. Without a node key they are refused by the SuperLink, so they have arrived there."""
     assert proxied.proxy.ask("POST", "/v1/fleet/push-object", b"\0" * (6 << 20), PROTOBUF) in (400, 401, 422)
@@ -58,7 +64,7 @@ def test_check_notices_a_proxy_that_hides_nothing(machine: Machine, server: Serv
         pytest.skip("nginx is not installed")
     site = server.folder.proxy / "nginx-site.conf"
     kept = site.read_text()
-    site.write_text(kept.replace("^/v1/fleet/[a-z-]+$", "^/"))
+    site.write_text(kept.replace("^/v1/fleet/[a-z-]+\\z", "^/"))
     try:
         server.start_proxy("nginx")
         checked = server.check()

@@ -8,6 +8,7 @@ import pytest
 
 import client.rounds
 import client.site
+import client.wire
 import privacy.ledger.ledger
 import privacy.plan
 from client.units import units_of
@@ -71,17 +72,17 @@ def test_records_of_one_user_sold_as_user_level(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.fault("a site's update sent unclipped")
 def test_update_sent_unclipped(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """Client-level: the server adds noise for the clip norm to an update that is longer."""
-    monkeypatch.setattr(client.rounds, "clip_update", lambda update, _clip_norm: (dict(update), True))
+    monkeypatch.setattr(client.wire, "clip_update", lambda update, _clip_norm: (dict(update), True))
     catches(23, "privacy=client_level")
 
 
 @pytest.mark.fault("a site's tensors clipped one by one")
 def test_tensors_of_an_update_clipped_one_by_one(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """Client-level: each tensor of the update has the clip norm, so all of them together have C·√(tensors)."""
-    real = client.rounds.clip_update
+    real = client.wire.clip_update
 
     def one_by_one(update: dict[str, object], clip_norm: float) -> tuple[dict[str, object], bool]:
         return {name: real({name: tensor}, clip_norm)[0][name] for name, tensor in update.items()}, False
 
-    monkeypatch.setattr(client.rounds, "clip_update", one_by_one)
+    monkeypatch.setattr(client.wire, "clip_update", one_by_one)
     catches(23, "privacy=client_level")

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from client.bundles import allowed_bundles, own_bundle_digest
-from client.node import prepare_node
+from client.node import _copy_bundles, prepare_node
 from client.shim import checked
 from client.site_file import read_site_file
+from conf.schema.strategy_rules import STRATEGY_VARIANTS
 from protocol.errors import ConfigError
 
 GIVEN = ("--name", "harbor", "--epsilon", "4", "--published-records", "100")
@@ -42,7 +43,8 @@ def test_init_writes_a_file_that_says_everything(config: Path) -> None:
     assert file.policy is not None
     assert file.policy.require_approval
     assert file.policy.bases is not None, "the installed base is pinned"
-    assert file.policy.strategies == ("fedit", "ffa_lora")
+    kinds = {variant.model_fields["kind"].default for variant in STRATEGY_VARIANTS}
+    assert set(file.policy.strategies or ()) == kinds, "written out, so that a later release adds none"
     assert file.policy.quantization == ()
     written = yaml.safe_load(config.read_text())["policy"]
     assert written.keys() == type(file.policy).model_fields.keys()
@@ -105,6 +107,19 @@ def test_bundles_are_listed_and_everything_else_is_refused(config: Path, tmp_pat
         install(b"stranger", skip_prompt=True)
     assert installed == [b"other"]
     assert allowed_bundles(tmp_path / "none") == frozenset()
+
+
+def test_another_users_copy_of_the_list_follows_it(tmp_path: Path) -> None:
+    listed, copy = tmp_path / "listed", tmp_path / "copy"
+    for content in (f"{'a' * 64}  x\n", ""):
+        listed.write_text(content)
+        _copy_bundles(listed, copy, None)
+        assert copy.read_text() == content
+    listed.write_text("b" * 64)
+    _copy_bundles(listed, copy, None)
+    listed.unlink()
+    _copy_bundles(listed, copy, None)
+    assert allowed_bundles(copy) == frozenset()
 
 
 def test_the_commands_of_a_node(config: Path) -> None:

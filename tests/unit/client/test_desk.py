@@ -1,6 +1,7 @@
 """What surrounds a round at a served site: approval, hours, expiry, clock, disk, and the stored replies."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def test_a_server_that_invents_plans_does_not_fill_the_disk(tmp_path: Path) -> N
     assert len(approvals.all()) == 100
 
 
+def test_invented_plans_do_not_keep_a_later_one_out(tmp_path: Path) -> None:
+    times = iter(NOW + timedelta(seconds=number) for number in range(1000))
+    approvals = Approvals(tmp_path, lambda: next(times))
+    approvals.decide("a" * 64, "approved")
+    for number in range(101):
+        with pytest.raises(SiteRefusal, match="is not approved"):
+            approvals.check(f"{number:064x}", {})
+    known = {asked.digest: asked.state for asked in approvals.all()}
+    assert known["a" * 64] == "approved"
+    assert f"{100:064x}" in known
+    assert f"{0:064x}" not in known, "the oldest that waited"
+    assert len(known) == 101
+
+
 def test_hours_expiry_clock_and_disk(desk_of: Make, small: Make, instruct: Make) -> None:
     asked = instruct(small())
     nights = WorkingHours(timezone="Europe/Berlin", start="20:00", end="06:00")  # type: ignore[arg-type]
@@ -130,10 +145,37 @@ def test_a_stored_reply_costs_nothing_and_another_question_is_refused(
     assert other.header.adapter_digest != base.header.adapter_digest
     assert code(ask(desk, other)) == "replay_mismatch"
 
+    assert code(ask(desk, reminded(instruct(small()), "f" * 64))) == "", "what was stored is sent whatever is reminded"
     stored.write_bytes(stored.read_bytes()[:-1] + b"x")
     repeated = ask(desk, instruct(small()))
     assert "is damaged; the round is executed again" in caplog.text
     assert repeated.header == first.header, "the same noise, and no further cost"
+
+
+def test_an_answer_made_under_another_budget_is_not_sent_again(
+    desk_of: Make, small: Make, instruct: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk, site = desk_of()
+    first = ask(desk, instruct(small()))
+    site.close()
+
+    def again(**sections: Any) -> Reply:
+        changed = Site(site.file.model_copy(update=sections), rows=site._read, simulated=True)
+        reply = ask(Desk(changed, lambda: datetime.now(UTC)), instruct(small()))
+        changed.close()
+        return reply
+
+    assert site.file.policy is not None
+    stricter = site.file.policy.model_copy(update={"min_noise_multiplier": 900.0})
+    assert code(again(policy=stricter)) == "noise_too_small"
+    assert "was made under another policy or budget" in caplog.text
+    repeated = again(policy=site.file.policy.model_copy(update={"max_rounds": 999}))
+    assert repeated.header == first.header, "allowed, so it is executed again with the same noise, and costs nothing"
+
+
+def reminded(instruction: Instruction, head: str) -> Instruction:
+    header = instruction.header.model_copy(update={"ledger_heads": {"records": head}})
+    return replace(instruction, header=header)
 
 
 def full_adapter(small: Make, instruct: Make) -> dict[str, Any]:
@@ -147,7 +189,7 @@ def full_adapter(small: Make, instruct: Make) -> dict[str, Any]:
 
 def test_old_replies_are_removed_by_number_and_by_age(tmp_path: Path, instruct: Make, small: Make) -> None:
     now = [datetime.now(UTC).timestamp()]
-    store = ReplyStore(tmp_path, keep=2, keep_s=60, clock=lambda: now[0])
+    store = ReplyStore(tmp_path, terms="", keep=2, keep_s=60, clock=lambda: now[0])
     headers = [instruct(small("federation.rounds=9"), number).header for number in range(1, 5)]
     for header in headers[:3]:
         store.put(header, b"body")
@@ -161,7 +203,7 @@ def test_old_replies_are_removed_by_number_and_by_age(tmp_path: Path, instruct: 
 def test_a_disk_that_is_full_does_not_lose_an_answer(
     tmp_path: Path, instruct: Make, small: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = ReplyStore(tmp_path / "replies", keep=2, keep_s=60, clock=lambda: 0.0)
+    store = ReplyStore(tmp_path / "replies", terms="", keep=2, keep_s=60, clock=lambda: 0.0)
     (tmp_path / "replies").rmdir()
     store.put(instruct(small()).header, b"body")
     assert "the reply could not be stored" in caplog.text

@@ -1,7 +1,9 @@
-"""A repeated question is answered with the same bits, for free; another question is charged."""
+"""A repeated question is answered with the same bits, for free; another one in the same round is refused."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,17 +56,57 @@ def test_the_same_bits_after_a_restart(site: Site, asked: Instruction, make_site
     assert stated(again) == 2
 
 
-def test_another_adapter_in_the_same_round_is_charged_and_gets_other_noise(
+def moved(site: Site, asked: Instruction, instruct: Make, experiment: Any, round_number: int = 1) -> Instruction:
+    """Another adapter."""
+    initial = site._adapted(asked.header.plan).initial(experiment.seed)
+    sent = {name: tensor + 1e-3 for name, tensor in initial.items() if name in asked.tensors}
+    return instruct(experiment, round_number, adapter=initial | sent)
+
+
+def test_another_adapter_in_a_round_that_was_answered_is_refused_by_the_ledger_alone(
     site: Site, asked: Instruction, instruct: Make, experiment: Any
 ) -> None:
     once = site.handle(asked)
-    adapted = site._adapted(asked.header.plan)
-    moved = {name: tensor + 1e-3 for name, tensor in adapted.initial(experiment.seed).items()}
-    frozen = adapted.initial(experiment.seed).keys() - asked.tensors.keys()
-    moved |= {name: adapted.initial(experiment.seed)[name] for name in frozen}
-    other = site.handle(instruct(experiment, adapter=moved))
-    assert not same(once, other)
-    assert stated(other) == 4
+    spent = site.state.spent()
+    other = site.handle(moved(site, asked, instruct, experiment))
+    assert (other.header.status, other.header.code) == ("refused", "replay_mismatch")
+    assert site.state.spent() == spent
+    assert same(once, site.handle(asked))
+    assert stated(site.handle(moved(site, asked, instruct, experiment, 2))) == 4
+
+
+def test_another_adapter_after_a_crash_is_charged_and_gets_other_noise(
+    site: Site, asked: Instruction, instruct: Make, experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(rounds, "train", crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            site.handle(asked)
+    assert stated(site.handle(moved(site, asked, instruct, experiment))) == 4
+
+
+def test_a_site_that_came_out_of_an_old_backup_is_noticed_by_what_the_server_remembers(
+    site: Site, asked: Instruction, instruct: Make, experiment: Any, tmp_path: Path, make_site: Make
+) -> None:
+    site.handle(asked)
+    folder, backup = Path(site.file.state_directory), tmp_path / "backup"
+    site.close()
+    shutil.copytree(folder, backup)
+    site = make_site(experiment)
+    heads = site.handle(instruct(experiment, 2)).header.ledger_heads
+    assert heads.keys() == {"records"}
+    third = instruct(experiment, 3)
+    third = replace(third, header=third.header.model_copy(update={"ledger_heads": heads}))
+    site.close()
+    newest = tmp_path / "newest"
+    folder.rename(newest)
+    shutil.copytree(backup, folder)
+    back = make_site(experiment)
+    assert back.handle(third).header.code == "ledger_set_back"
+    back.close()
+    shutil.rmtree(folder)
+    newest.rename(folder)
+    assert stated(make_site(experiment).handle(third)) == 6
 
 
 def test_a_crash_counts_as_spent_and_its_repetition_is_free(

@@ -7,7 +7,7 @@ import pytest
 from client.policy import check_cost, check_moment, check_policy
 from conf.compose import compose_experiment
 from conf.schema.privacy import ExampleLevel
-from conf.schema.site import SiteBudget, SiteFile, SiteNode, SitePolicy, WorkingHours
+from conf.schema.site import SiteBudget, SiteFile, SiteNode, SitePolicy, WholeSiteBudget, WorkingHours
 from privacy.plan import PrivacyPlan, build_plan
 from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader, client_plan
@@ -64,6 +64,24 @@ def test_a_codec_is_refused_where_the_policy_lists_others() -> None:
     check_policy(site(), header("quantization=nf4"))
 
 
+@pytest.mark.parametrize(
+    ("override", "listed", "code"),
+    [
+        ("objective=fedprox", "objectives", "objective_not_allowed"),
+        ("server_optimizer=fedadam", "server_optimizers", "server_rule_not_allowed"),
+        ("robust=median", "robust_rules", "server_rule_not_allowed"),
+    ],
+)
+def test_objectives_and_server_rules_are_listed_or_free(override: str, listed: str, code: str) -> None:
+    asked, kind = header(override), override.split("=")[1]
+    with pytest.raises(SiteRefusal, match=f"is not among policy.{listed}") as caught:
+        check_policy(site(**{listed: []}), asked)
+    assert caught.value.code == code
+    check_policy(site(**{listed: []}), header())
+    check_policy(site(**{listed: [kind]}), asked)
+    check_policy(site(), asked)
+
+
 def plan(noise: float = 1.0, rounds: int = 4) -> PrivacyPlan:
     asked = compose_experiment((f"privacy.noise_multiplier={noise}", "privacy.target_epsilon=null"))
     assert isinstance(asked.privacy, ExampleLevel)
@@ -111,9 +129,20 @@ def test_a_time_that_yaml_reads_as_a_number_is_not_misread() -> None:
 
 def test_the_last_day_of_a_budget_counts() -> None:
     file = site().model_copy(update={"budget": SiteBudget(epsilon=8, delta=1e-5, expires=date(2026, 3, 2))})
-    check_moment(file, datetime(2026, 3, 2, 23, 59, tzinfo=UTC))
+    plan = header().plan
+    check_moment(file, datetime(2026, 3, 2, 23, 59, tzinfo=UTC), plan)
     with pytest.raises(SiteRefusal, match="the budget expired on 2026-03-02"):
-        check_moment(file, datetime(2026, 3, 3, tzinfo=UTC))
+        check_moment(file, datetime(2026, 3, 3, tzinfo=UTC), plan)
+
+
+def test_the_last_day_of_a_whole_sites_budget_counts_in_client_level_runs_alone() -> None:
+    file = site().model_copy(update={"site_budget": WholeSiteBudget(epsilon=8, delta=1e-3, expires=date(2026, 3, 2))})
+    plan = client_plan(compose_experiment(["privacy=client_level"]), "run")
+    check_moment(file, datetime(2026, 3, 2, 23, 59, tzinfo=UTC), plan)
+    check_moment(file, datetime(2026, 3, 3, tzinfo=UTC), header().plan)
+    with pytest.raises(SiteRefusal, match="site_budget expired on 2026-03-02") as caught:
+        check_moment(file, datetime(2026, 3, 3, tzinfo=UTC), plan)
+    assert caught.value.code == "budget_expired"
 
 
 def test_a_node_of_another_user_needs_a_socket_that_user_can_reach() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from client.claims import check_claim, check_claimed_cost
 from client.site import Site
-from client.whole_site import WholeSite, check_claim
+from client.whole_site import WholeSite
 from conf.compose import compose_experiment
-from conf.schema.site import WholeSiteBudget
+from conf.schema.site import SiteFile, SitePolicy, WholeSiteBudget
 from privacy.accounting import epsilon_of
 from privacy.identity import identify
 from privacy.ledger import Budget, Ledger, SigningKey
@@ -92,6 +93,144 @@ def test_correlated_noise_is_booked_once_and_its_limits_are_counted(ledger: Call
     assert no.value.code == "participation_limit"
 
 
+SECRET = claim(sampling_rate=0.25)
+LIMITS = claim(min_separation=1, max_participations=4)
+TREE = ("privacy=client_level_tree", *BASE[1:])
+
+
+def book(ledger: Ledger, header: InstructionHeader, inputs: str, output: str = "o" * 64) -> float:
+    """Return what a round adds to the ledger."""
+    before = ledger.spent()
+    WholeSite.reserve(ledger, header, inputs * 64).commit(output)
+    return ledger.spent() - before
+
+
+def steps(ledger: Ledger) -> list[tuple[float, int]]:
+    return [(mechanism.sampling_rate, mechanism.steps) for mechanism in ledger.mechanisms("run")]
+
+
+def test_a_round_of_a_secret_cohort_asked_again_with_other_inputs_is_charged(
+    ledger: Callable[[float], Ledger],
+) -> None:
+    """The cohort of a round is drawn once: nothing amplifies a second release."""
+    books = ledger(100.0)
+    book(books, header(1, SECRET), "1")
+    assert book(books, header(2, SECRET), "2") == 0
+    assert book(books, header(2, SECRET), "2") == 0, "the same instruction again is free"
+    assert all(book(books, header(2, SECRET), inputs) > 0 for inputs in "345")
+    assert steps(books) == [(0.25, ROUNDS), (0.25, 0), (1, 1), (1, 1), (1, 1)]
+    assert book(books, header(3, SECRET), "6") == 0
+
+
+def test_another_result_in_a_secret_cohort_is_charged(ledger: Callable[[float], Ledger]) -> None:
+    books = ledger(100.0)
+    book(books, header(1, SECRET), "1")
+    book(books, header(2, SECRET), "2")
+    assert book(books, header(2, SECRET), "2", output="p" * 64) > 0
+    assert book(books, header(2, SECRET), "2", output="p" * 64) == 0
+    assert steps(books) == [(0.25, ROUNDS), (0.25, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("then", "overrides"),
+    [
+        (claim(sampling_rate=0.5), ()),
+        (claim(sampling_rate=0.25, noise_multiplier=3.0), ()),
+        (SECRET, ("privacy.noise_multiplier=1",)),
+        (LIMITS, TREE),
+    ],
+)
+def test_another_plan_or_claim_under_the_same_name_is_charged_whole(
+    ledger: Callable[[float], Ledger], then: ReleaseClaim, overrides: tuple[str, ...]
+) -> None:
+    books = ledger(100.0)
+    book(books, header(1, SECRET), "1")
+    assert book(books, header(2, then, *overrides), "2") > 0
+    assert steps(books)[1] == (then.sampling_rate, ROUNDS if then.min_separation is None else 1)
+    assert book(books, header(3, then, *overrides), "3") == 0
+    assert book(books, header(4, SECRET), "4") == 0, "what was paid for is still paid for"
+
+
+def test_a_weaker_claim_of_correlated_noise_is_charged_whole(ledger: Callable[[float], Ledger]) -> None:
+    books = ledger(100.0)
+    book(books, header(1, LIMITS, *TREE), "1")
+    assert book(books, header(2, claim(min_separation=1, max_participations=3), *TREE), "2") > 0
+    assert book(books, header(3, LIMITS, *TREE), "3") == 0
+
+
+def test_correlated_noise_lies_on_one_update_of_a_round(ledger: Callable[[float], Ledger]) -> None:
+    books = ledger(100.0)
+    for number in (1, 2):
+        book(books, header(number, LIMITS, *TREE), f"{number}")
+    spent = books.spent()
+    for again in (header(2, LIMITS, *TREE), header(2, LIMITS, *TREE, "privacy.noise_multiplier=1")):
+        with pytest.raises(SiteRefusal, match="round 2 of run run was answered before") as refused:
+            WholeSite.reserve(books, again, "3" * 64)
+        assert refused.value.code == "round_repeated"
+    with pytest.raises(SiteRefusal, match="must not lie on both") as refused:
+        book(books, header(2, LIMITS, *TREE), "2", output="p" * 64)
+    assert refused.value.code == "round_repeated"
+    assert books.spent() == spent
+
+
+def file_of(site_budget: WholeSiteBudget | None, **policy: Any) -> SiteFile:
+    return SiteFile(
+        name="clinic",
+        published_records=1000,
+        data=compose_experiment().data,
+        model_path="embedded:clinic-base",
+        site_budget=site_budget,
+        policy=SitePolicy(trust_server_noise=True, **policy),
+        state_directory="state",
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "code"),
+    [
+        ({"min_noise_multiplier": 1.01 * NOISE}, "noise_too_small"),
+        ({"max_epsilon_per_run": 0.99 * cost(1.0, ROUNDS)}, "epsilon_per_run"),
+        ({"max_epsilon_per_round": 0.99 * cost(1.0, 1)}, "epsilon_per_round"),
+    ],
+)
+def test_the_policy_limits_the_servers_noise(policy: dict[str, float], code: str) -> None:
+    asked, budget = header(1, claim(delta=1e-4)), WholeSiteBudget(epsilon=100, delta=DELTA)
+    with pytest.raises(SiteRefusal) as refused:
+        check_claimed_cost(file_of(budget, **policy), asked)
+    assert refused.value.code == code
+    check_claimed_cost(
+        file_of(budget, **{name: limit / 0.98**2 for name, limit in policy.items() if "max" in name}), asked
+    )
+    planned = header(1, claim(), f"privacy.delta={DELTA}")
+    with pytest.raises(SiteRefusal) as refused:
+        check_claimed_cost(file_of(None, **policy), planned)
+    assert refused.value.code == code
+
+
+def test_a_limit_on_epsilon_needs_a_delta_that_is_not_the_servers_alone() -> None:
+    with pytest.raises(SiteRefusal, match="max_epsilon_per_run needs a δ, and the plan has none") as refused:
+        check_claimed_cost(file_of(None, max_epsilon_per_run=1e6), header(1, claim()))
+    assert refused.value.code == "no_budget"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "delta", "reason"),
+    [
+        (("privacy.delta=0.01",), 0.02, "the plan's δ is 0.01, the claim's 0.02"),
+        (("privacy.delta=0.01",), 0.001, "the plan's δ is 0.01, the claim's 0.001"),
+        ((), 0.999, "the claim's δ is 0.999, above site_budget.delta=0.001"),
+    ],
+)
+def test_a_claim_cannot_choose_its_delta(
+    ledger: Callable[[float], Ledger], overrides: tuple[str, ...], delta: float, reason: str
+) -> None:
+    books = ledger(100.0)
+    with pytest.raises(SiteRefusal, match=reason) as refused:
+        WholeSite.reserve(books, header(1, claim(delta=delta), *overrides), "1" * 64)
+    assert refused.value.code == "wrong_release_claim"
+    assert books.spent() == 0
+
+
 def test_several_runs_share_one_budget(ledger: Callable[[float], Ledger]) -> None:
     books = ledger(1.1 * cost(1.0, 2))
     for number in (1, 2):
@@ -125,7 +264,7 @@ def test_a_claim_that_does_not_fit_the_plan_is_refused(
     release: ReleaseClaim | None, overrides: tuple[str, ...], code: str, reason: str
 ) -> None:
     with pytest.raises(SiteRefusal, match=reason) as refused:
-        check_claim(header(1, release, *overrides))
+        check_claim(header(1, release, *overrides), None)
     assert refused.value.code == code
 
 

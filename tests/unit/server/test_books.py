@@ -1,6 +1,7 @@
 """The server's ledger outlives runs, and its noise can be drawn again by a server that starts again."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,21 +11,28 @@ import torch
 
 from conf.compose import compose_experiment
 from conf.schema.federation import ServerBudget
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import BudgetExceeded, PrivacyError
 from protocol.instructions import Reply, ReplyHeader, SiteCard
 from protocol.tensors import Layout, NamedTensors, layout_of
 from server.budget import ServerBooks
 from server.cohort import Member
+from server.events import RoundFinished
 from server.protection import ClientLevelProtection, protection_for
+from server.summary import summarize
 from strategies.build import build_strategy
 
 ROUNDS = 4
 LAYOUT: Layout = layout_of({"b": torch.zeros(3, 4), "a": torch.zeros(5)})
 
 
-def members(*numbers: int) -> tuple[Member, ...]:
+def members(*numbers: int, first_count: int = 100) -> tuple[Member, ...]:
+    """Sites of 100 records, but for the first."""
+    counts = (first_count, *[100] * (len(numbers) - 1))
     return tuple(
-        Member(node, SiteCard(cloister_version="0", site=f"site-{node}", published_records=100)) for node in numbers
+        Member(node, SiteCard(cloister_version="0", site=f"site-{node}", published_records=count))
+        for node, count in zip(numbers, counts, strict=True)
     )
 
 
@@ -36,10 +44,13 @@ def start(tmp_path: Path) -> Callable[..., ClientLevelProtection]:
         sites: tuple[int, ...] = (1, 2, 3, 4),
         budget: ServerBudget | None = None,
         privacy: str = "client_level",
+        first_count: int = 100,
     ) -> ClientLevelProtection:
         experiment = compose_experiment([f"privacy={privacy}", f"federation.rounds={ROUNDS}", *overrides])
         directory: Any = SimpleNamespace(path=tmp_path, run=run, books=ServerBooks(tmp_path / "books", budget))
-        made = protection_for(experiment, build_strategy(experiment.strategy), members(*sites), directory)
+        made = protection_for(
+            experiment, build_strategy(experiment.strategy), members(*sites, first_count=first_count), directory
+        )
         assert isinstance(made, ClientLevelProtection)
         return made
 
@@ -120,11 +131,11 @@ def test_a_server_that_starts_again_releases_the_same_bits(
     whole.close()
     for stop in range(ROUNDS):
         again = start(*options, privacy=privacy)
-        again.restore({"rounds": stop, "clip_norm": 1.0}, LAYOUT)
+        again.restore({"rounds": stop, "clip_norm": 1.0, "inputs": again._budget.inputs}, LAYOUT)
         for number in range(stop + 1, ROUNDS + 1):
             for name, tensor in released(again, number).items():
                 assert torch.equal(tensor, expected[number - 1][name])
-        assert again.state() == {"rounds": ROUNDS, "clip_norm": 1.0}
+        assert again.state() == {"rounds": ROUNDS, "clip_norm": 1.0, "inputs": again._budget.inputs}
         assert again._budget.ledger.spent() == spent, "what was released before costs nothing"
         again.close()
 
@@ -149,7 +160,7 @@ def test_correlated_noise_never_lies_on_two_sums(start: Callable[..., Any]) -> N
     released(first, 2)
     first.close()
     again = start(privacy="client_level_tree")
-    again.restore({"rounds": 1, "clip_norm": 1.0}, LAYOUT)
+    again.restore({**first.state(), "rounds": 1}, LAYOUT)
     with pytest.raises(PrivacyError, match="round 2 of run run was released before, with other updates"):
         released(again, 2, size=0.2)
     again.close()
@@ -166,4 +177,59 @@ def test_an_adaptive_clip_norm_is_restored(start: Callable[..., Any]) -> None:
     again = start(*options)
     again.restore(state, LAYOUT)
     assert torch.equal(released(again, 2)["b"], expected[1]["b"])
+    again.close()
+
+
+@pytest.mark.parametrize("privacy", ["client_level", "client_level_tree"])
+def test_a_run_goes_on_with_the_weights_it_began_with(start: Callable[..., Any], privacy: str) -> None:
+    """Noise is bound to what decides the release: with other weights it would be another noise, booked at nothing."""
+    options = ("strategy.weights=published_records", "federation.cohort_size=2")
+    first = start(*options, privacy=privacy)
+    released(first, 1)
+    state = first.state()
+    first.close()
+    again = start(*options, privacy=privacy, first_count=120)
+    for stored in (state, {"rounds": 1, "clip_norm": 1.0}):
+        with pytest.raises(PrivacyError, match=r"run run cannot go on: its sites, their published_records or its"):
+            again.restore(stored, LAYOUT)
+    again.close()
+
+
+def test_later_rounds_of_correlated_noise_need_the_first_one_paid(start: Callable[..., Any]) -> None:
+    options, privacy = ("strategy.weights=published_records",), "client_level_tree"
+    unpaid = start(*options, privacy=privacy)
+    with pytest.raises(PrivacyError, match="round 2 of run run belongs to correlated noise that is not booked"):
+        unpaid.reserve(2, LAYOUT, None)
+    released(unpaid, 1)
+    spent = unpaid._budget.ledger.spent()
+    released(unpaid, 2)
+    assert unpaid._budget.ledger.spent() == spent
+    unpaid.close()
+    other = start(*options, privacy=privacy, first_count=120)
+    with pytest.raises(PrivacyError, match="round 1 had other sites, weights or settings"):
+        other.reserve(3, LAYOUT, None)
+    other.close()
+
+
+def test_the_statement_holds_what_was_booked(start: Callable[..., Any]) -> None:
+    """A round that was released twice counts twice, and so does a group of sites over it."""
+    budget = ServerBudget(epsilon=50, delta=1e-3)
+    first = start(budget=budget)
+    released(first, 1)
+    first.close()
+    again = start(budget=budget)
+    stated = []
+    for number in (1, 2):
+        again.reserve(number, LAYOUT, None)
+        again.combined()  # nobody replied this time
+        stated.append(again.commit())
+    assert [each.steps_executed for each in stated] == [2, 3]
+    booked = again._budget.ledger.mechanisms()
+    assert [SubsampledGaussian.from_json(each) for each in stated[-1].mechanisms] == [booked[0].repeated(3)]
+    finished = [RoundFinished(number, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, each) for number, each in enumerate(stated, 1)]
+    experiment = compose_experiment(["privacy=client_level", "federation.sites_per_person=2"])
+    now = datetime(2026, 3, 4, tzinfo=UTC)
+    (site,) = summarize(experiment, finished, base_digest="b", started=now, status="finished")["privacy"]["joint"]
+    assert site["epsilon_over_sites"] == pytest.approx(epsilon_of(booked, 1e-3, group_size=2), rel=1e-6)
+    assert site["epsilon_over_sites"] > epsilon_of(booked[:2], 1e-3, group_size=2)
     again.close()

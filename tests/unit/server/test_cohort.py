@@ -50,11 +50,6 @@ def test_enrollment_sorts_sites_by_name(tmp_path: Path) -> None:
     assert [member.node_id for member in found] == [2, 1, 3]
 
 
-def test_two_nodes_cannot_have_one_name(tmp_path: Path) -> None:
-    with pytest.raises(FederationError, match="two nodes call themselves 'north'"):
-        enroll(grid_of(tmp_path, "north", "north"), 2, 10)
-
-
 class Clock:
     """Time that passes only while somebody sleeps."""
 
@@ -112,6 +107,22 @@ class LateGrid(InProcessGrid):
 def names_enrolled(grid: LateGrid, expected: int, timeout_s: float) -> list[str]:
     found = enroll(grid, expected, timeout_s, clock=grid.clock, sleep=grid.clock.sleep)
     return [member.site for member in found]
+
+
+def test_a_second_node_with_a_name_is_passed_over_unless_it_is_the_known_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = grid_of(tmp_path, "north", "north", "south")
+    assert [(each.site, each.node_id) for each in enroll(grid, 2, 10)] == [("north", 1), ("south", 3)]
+    assert "nodes [1, 2] call themselves 'north', and node 1 takes part" in caplog.text
+    known = enroll(grid_of(tmp_path, "north", "north"), 1, 10, names=("north",), known={"north": 2})
+    assert [each.node_id for each in known] == [2]
+
+
+def test_a_node_that_was_passed_over_takes_part_when_the_first_leaves(tmp_path: Path) -> None:
+    grid = LateGrid(tmp_path, Clock(), "north", "north", "south", leaves={1: 5.0}, connects={3: 20.0})
+    found = enroll(grid, 2, 100, clock=grid.clock, sleep=grid.clock.sleep)
+    assert [(each.site, each.node_id) for each in found] == [("north", 2), ("south", 3)]
 
 
 def test_cards_are_counted_not_nodes_and_who_comes_later_is_asked_too(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
 from conf.compose import compose_experiment
+from privacy.accounting import epsilon_of
+from privacy.mechanisms import SubsampledGaussian
 from protocol.instructions import PrivacyStatement
 from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
 from server.summary import summarize
@@ -70,12 +74,29 @@ def test_a_rejected_update_was_seen_so_its_epsilon_counts() -> None:
     assert made["rounds"][0]["rejected"] == [{"site": "south", "code": "not_finite", "reason": "w holds NaN"}]
 
 
-def test_a_lost_reply_makes_epsilon_a_lower_bound() -> None:
-    lost = SiteReplied(1, "south", False, 1, 0, code="no_reply", reason="no reply within 5 s")
+@pytest.mark.parametrize(
+    "code", ["no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent"]
+)
+def test_a_lost_reply_makes_epsilon_a_lower_bound(code: str) -> None:
+    lost = SiteReplied(1, "south", False, 1, 0, code=code, reason="no reply")
     events = (STARTED, RoundStarted(1, ("north", "south")), SiteReplied(1, "north", True, 1, 1, statement(1.0)), lost)
     assert summary(*events)["privacy"]["at_least"]
     refused = SiteReplied(1, "south", False, 1, 0, code="budget_exceeded", reason="no")
     assert not summary(*events[:-1], refused)["privacy"]["at_least"]
+
+
+def test_a_person_at_several_sites_pays_for_all_that_was_booked_there() -> None:
+    """A site that changed its plan in mid-run states both mechanisms."""
+    plain, loud = SubsampledGaussian(0.1, 2.0, 8), SubsampledGaussian(0.2, 1.0, 4)
+
+    def over_sites(*mechanisms: SubsampledGaussian) -> float | None:
+        books = tuple(mechanism.to_json() for mechanism in mechanisms)
+        made = statement(0.1).model_copy(update={"mechanisms": books})
+        events = [SiteReplied(1, site, True, 1, 1, made) for site in ("north", "south")]
+        return summary(STARTED, *events, overrides=("federation.sites_per_person=2",))["privacy"]["epsilon_over_sites"]
+
+    assert over_sites(plain, loud) == pytest.approx(epsilon_of([plain, loud] * 2, 1e-5))
+    assert over_sites() is None
 
 
 def test_a_run_that_never_started() -> None:

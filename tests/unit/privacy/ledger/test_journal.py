@@ -2,6 +2,7 @@
 
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,33 @@ def test_a_ledger_that_was_lost_or_set_back_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(PrivacyError, match=r"lacks the entry .* lost, cut, or set back to an older copy"):
             journal.set_budget(Budget(0.4, 1e-5), "")
         journal.close()
+
+
+def test_the_head_is_noted_before_another_writer_may_write(path, key, tmp_path) -> None:
+    """Otherwise the slower of two could note an older head last, and a ledger set back to it would pass."""
+    head, slow, entered, go = tmp_path / "ledger.head", [True], threading.Event(), threading.Event()
+
+    class Slow(Journal):
+        def _note_head(self, entries) -> None:
+            if slow:
+                slow.clear()
+                entered.set()
+                go.wait(20)
+            super()._note_head(entries)
+
+    journals = [Slow(path, key, head_file=head) for _ in range(2)]
+    writers = [threading.Thread(target=each.set_budget, args=(Budget(1.0, 1e-5), "")) for each in journals]
+    writers[0].start()
+    assert entered.wait(20)
+    writers[1].start()
+    writers[1].join(0.3)
+    with journals[0].reading() as (_, entries):
+        assert len(entries) == 1, "the second waits, although the first has committed"
+    go.set()
+    for writer in writers:
+        writer.join(20)
+    with journals[0].reading() as (_, entries):
+        assert [head.read_text().strip()] == [entries[-1].hash]
+        assert len(entries) == 2
+    for each in journals:
+        each.close()
