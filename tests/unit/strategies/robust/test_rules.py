@@ -271,7 +271,7 @@ def test_an_honest_product_in_factors_of_another_size_moves_no_rule(config: sche
     """B' = G B, A' = A / G: seen as products the attacker is the most honest of all; the mean of factors is ruined."""
     start, generator = {name: adapter()[name] for name in (A, B)}, torch.Generator().manual_seed(4)
     common = {B: 0.05 * torch.randn(OUTER, RANK, generator=generator), A: torch.zeros(RANK, INNER)}
-    honest = [
+    honest: list[NamedTensors] = [
         {name: common[name] + 0.01 * torch.randn(common[name].shape, generator=generator) for name in (A, B)}
         for _ in range(7)
     ]
