@@ -105,6 +105,9 @@ policy:                       # without this section nothing is allowed
   release_training_loss: false
   bases: {bases}
   strategies: [{strategies}]
+  objectives: null            # local objectives; null any
+  server_optimizers: null     # the server's business, after the noise; null any
+  robust_rules: null          # the same
   quantization: []            # codecs an update may leave in; [] plain float32 alone, null any
   max_rounds: 200
   max_steps_per_round: 200
