@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ OVERRIDES = (
 class SlowUpload(InProcessGrid):
     """One node's first training reply is being uploaded for longer than the round lasts."""
 
-    def __init__(self, *given: Any, slow_node: int) -> None:
+    def __init__(self, *given: Any, slow_node: int, stuck: threading.Event) -> None:
         super().__init__(*given)
-        self._slow_node, self._stuck = slow_node, threading.Event()
+        self._slow_node, self._stuck = slow_node, stuck
         self._one_at_a_time = threading.Lock()
         self._slow: set[str] = set()
         self.instructions: list[Instruction] = []
@@ -59,7 +59,9 @@ class SlowUpload(InProcessGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         identifiers = list(message_ids)
         if self._slow & set(identifiers):
-            self._stuck.wait(60)
+            # It must not go on to train later: the base model is shared with the tests that come after.
+            self._stuck.wait()
+            return []
         with self._one_at_a_time:
             return list(super().pull_messages(identifiers))
 
@@ -70,17 +72,28 @@ def sites_of(path: Path) -> list[Site]:
     return list(Population(population.parts, ()).sites(experiment, path / "sites").values())
 
 
-def grid_of(sites: list[Site]) -> SlowUpload:
+@pytest.fixture
+def stuck() -> Iterator[threading.Event]:
+    """Keeps an upload from ending before the test does."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def grid_of(sites: list[Site], stuck: threading.Event) -> SlowUpload:
     def site_of(context: Context) -> Site:
         return sites[int(context.node_config["partition-id"])]
 
     slow = next(number for number, site in enumerate(sites, start=1) if site.file.name == SLOW)
-    return SlowUpload(client_app(site_of), [{"partition-id": each} for each in range(len(sites))], slow_node=slow)
+    configs = [{"partition-id": each} for each in range(len(sites))]
+    return SlowUpload(client_app(site_of), configs, slow_node=slow, stuck=stuck)
 
 
-def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stuck: threading.Event
+) -> None:
     sites = sites_of(tmp_path)
-    grid = grid_of(sites)
+    grid = grid_of(sites, stuck)
     observed: list[Any] = []
     experiment = compose_experiment(OVERRIDES)
     launch = Launch(experiment, tmp_path / "run", (observed.append,), (), expected_sites=2, pullers=2)
@@ -97,12 +110,12 @@ def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(tmp_path: Path, capl
     assert f"site {SLOW}: the server did not use rounds [1]" in caplog.text
 
 
-def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path) -> None:
+def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path, stuck: threading.Event) -> None:
     sites = [site for site in sites_of(tmp_path) if site.file.name == SLOW]
     experiment = compose_experiment([*OVERRIDES, "federation.reply_timeout_s=2"])
     launch = Launch(experiment, tmp_path / "run", (), (), expected_sites=1, pullers=1)
     with pytest.raises(FederationError, match=r"round 1 has 0 valid replies and 1 others, federation.min_replies=1"):
-        serve(grid_of(sites), launch)
+        serve(grid_of(sites, stuck), launch)
     assert not (tmp_path / "run" / "adapter").exists()
 
 

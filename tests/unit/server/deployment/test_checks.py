@@ -21,8 +21,6 @@ from server.deployment.folder import ServerFolder, write_new
 from server.deployment.node_keys import read_node_key
 from server.deployment.reachability import check_reachability
 
-SOON = datetime.now(UTC) + timedelta(seconds=5)
-
 
 @pytest.fixture
 def today(made: ServerFolder, settings: ServerFile) -> ServerFolder:
@@ -32,8 +30,9 @@ def today(made: ServerFolder, settings: ServerFile) -> ServerFolder:
     return made
 
 
-def found(folder: ServerFolder, settings: ServerFile, now: datetime = SOON) -> dict[str, Check]:
-    return {check.name: check for check in check_files(folder, settings, now)}
+def found(folder: ServerFolder, settings: ServerFile, later: timedelta = timedelta(seconds=5)) -> dict[str, Check]:
+    """Check a while after now: the files have the machine's times, and the clock is compared with them."""
+    return {check.name: check for check in check_files(folder, settings, datetime.now(UTC) + later)}
 
 
 def test_a_new_server_is_sound(today: ServerFolder, settings: ServerFile) -> None:
@@ -52,8 +51,8 @@ def test_a_new_server_is_sound(today: ServerFolder, settings: ServerFile) -> Non
 
 
 def test_an_expired_certificate_fails_and_is_warned_of_before(today: ServerFolder, settings: ServerFile) -> None:
-    assert found(today, settings, SOON + timedelta(days=710))["certificate"].state == "warning"
-    late = found(today, settings, SOON + timedelta(days=731))["certificate"]
+    assert found(today, settings, timedelta(days=710))["certificate"].state == "warning"
+    late = found(today, settings, timedelta(days=731))["certificate"]
     assert late.state == "failed"
     assert late.found.startswith("expired on ")
     assert "cloister server renew" in late.fix
@@ -103,7 +102,7 @@ def test_a_missing_file_is_a_failed_check_and_no_traceback(today: ServerFolder, 
 
 def test_a_clock_behind_its_own_files_fails(today: ServerFolder, settings: ServerFile) -> None:
     today.settings.touch()
-    check = found(today, settings, datetime.now(UTC) - timedelta(minutes=10))["clock"]
+    check = found(today, settings, -timedelta(minutes=10))["clock"]
     assert check.state == "failed"
     assert "NTP" in check.fix
 
