@@ -50,7 +50,7 @@ class NoisySum(ABC):
 
     @cached_property
     def _ahead(self) -> NoiseAhead:
-        return NoiseAhead(self._noise, tuple(self._trained.values()), self._stream)
+        return NoiseAhead(self._noise, tuple(self._trained.values()), self._stream, self._plan.steps_per_round)
 
     def draw(self, num_units: int) -> list[int]:
         """Return the positions of the units that this step uses: a Poisson sample at the plan's rate."""

@@ -99,7 +99,10 @@ class GaussianNoise:
         """Return float64 standard normal tensors with the shapes of `like`; none where there is no noise."""
         if self.standard_deviation == 0:
             return ()
-        return tuple(torch.from_numpy(stream.gaussian(one.numel())).reshape(one.shape) for one in like)
+        sizes = [one.numel() for one in like]
+        # All at once: an adapter has many small tensors, and a draw of its own for each costs half as much again.
+        drawn = torch.from_numpy(stream.gaussian(sum(sizes))).split(sizes)
+        return tuple(part.reshape(one.shape) for part, one in zip(drawn, like, strict=True))
 
     def add_drawn(self, sums: Sequence[torch.Tensor], drawn: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return float32 sums with what `draw` returned, which is overwritten."""
@@ -120,17 +123,18 @@ class GaussianNoise:
 class NoiseAhead:
     """Draws the next step's noise in a background thread, while the step's gradients are computed.
 
-    The results are those of drawing in the foreground from `stream.child("noise")`. One step's noise is always drawn
-    in advance (8 bytes per coordinate), the last of it for nothing.
+    The results are those of drawing in the foreground from `stream.child("noise")`. One step's noise is drawn in
+    advance (8 bytes per coordinate). After `steps` steps none is; who takes more all the same waits for each.
     """
 
-    def __init__(self, noise: Noise, like: Sequence[torch.Tensor], stream: SecureStream) -> None:
+    def __init__(self, noise: Noise, like: Sequence[torch.Tensor], stream: SecureStream, steps: int) -> None:
         self._noise = noise
+        self._steps_left = steps
         self._like = tuple(like)
         self._stream = stream.child("noise")
         # One thread, so the steps' noises are drawn one after the other.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
-        self._next = self._start()
+        self._next: Future[tuple[torch.Tensor, ...]] | None = self._start()
 
     def add(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return float32 sums with this step's noise, and start on the next one's.
@@ -138,9 +142,10 @@ class NoiseAhead:
         Raises:
             Exception: whatever went wrong in the thread.
         """
-        drawn = self._next.result()
+        drawn = (self._next or self._start()).result()
+        self._steps_left -= 1
         # Before it is used: whatever happens below, no later sum gets the same noise.
-        self._next = self._start()
+        self._next = self._start() if self._steps_left > 0 else None
         return self._noise.add_drawn(sums, drawn)
 
     def close(self) -> None:

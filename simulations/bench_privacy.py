@@ -148,7 +148,9 @@ def measure_time(bench: Bench, seconds: float, modes: Sequence[str] = MODES) -> 
         bench.step(mode)
     least, most = _STEPS
     repeats = min(max(int(seconds / (time.perf_counter() - warmed)), least), most)
-    paired = [{mode: bench.step(mode) for mode in modes} for _ in range(repeats)]
+    # Each takes its turn at being first: a step's time depends on what the one before left in the caches.
+    orders = [(*modes[turn % len(modes) :], *modes[: turn % len(modes)]) for turn in range(repeats)]
+    paired = [{mode: bench.step(mode) for mode in order} for order in orders]
     ratios = {mode: median(each[mode] / each["none"] for each in paired) for mode in modes}
     return median(each["none"] for each in paired), ratios
 

@@ -98,7 +98,7 @@ def test_noise_drawn_ahead_and_used_again(monkeypatch: pytest.MonkeyPatch, catch
     """Every step of a round gets the noise that was drawn for its first step."""
 
     class Once:
-        def __init__(self, noise: Any, like: Sequence[torch.Tensor], stream: SecureStream) -> None:
+        def __init__(self, noise: Any, like: Sequence[torch.Tensor], stream: SecureStream, _steps: int) -> None:
             self.noise, self.drawn = noise, noise.draw(like, stream.child("noise"))
 
         def add(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

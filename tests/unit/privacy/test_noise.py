@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -175,8 +175,9 @@ LIKE = (torch.zeros(700, 50), torch.zeros(3), torch.zeros(()))
 
 
 @pytest.mark.parametrize("noise", [GaussianNoise(0.7, 2.0), DiscreteNoise(0.7, 2.0, 35_004), GaussianNoise(0.0, 1.0)])
-def test_drawing_ahead_changes_no_bit(noise: Noise, aheads: list[NoiseAhead]) -> None:
-    aheads.append(NoiseAhead(noise, LIKE, SecureStream.insecure(8)))
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_drawing_ahead_changes_no_bit(noise: Noise, steps: int, aheads: list[NoiseAhead]) -> None:
+    aheads.append(NoiseAhead(noise, LIKE, SecureStream.insecure(8), steps))
     foreground = SecureStream.insecure(8).child("noise")
     for step in range(3):
         sums = tuple(noise.zeros(one) + step for one in LIKE)
@@ -187,21 +188,21 @@ def test_drawing_ahead_changes_no_bit(noise: Noise, aheads: list[NoiseAhead]) ->
 
 def test_the_caller_goes_on_with_its_stream_undisturbed(aheads: list[NoiseAhead]) -> None:
     stream = SecureStream.insecure(8)
-    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream))
+    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream, 2))
     aheads[0].add(LIKE)
     assert stream.uniform(3).tolist() == SecureStream.insecure(8).uniform(3).tolist()
 
 
 def test_two_of_them_on_one_stream_would_share_their_noise(aheads: list[NoiseAhead]) -> None:
     stream = SecureStream.insecure(8)
-    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream))
+    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream, 2))
     with pytest.raises(ValueError, match="already has a child 'noise'"):
-        NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream)
+        NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, stream, 2)
 
 
 def test_what_goes_wrong_in_the_thread_is_seen(aheads: list[NoiseAhead]) -> None:
     too_large = (torch.empty(1 << 59, device="meta"),)
-    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), too_large, SecureStream.insecure(0)))
+    aheads.append(NoiseAhead(GaussianNoise(1.0, 1.0), too_large, SecureStream.insecure(0), 2))
     for _ in range(2):
         with pytest.raises((MemoryError, ValueError)):
             aheads[0].add((torch.zeros(1),))
@@ -209,7 +210,7 @@ def test_what_goes_wrong_in_the_thread_is_seen(aheads: list[NoiseAhead]) -> None
 
 def test_noise_is_never_used_twice_even_after_a_failure(aheads: list[NoiseAhead]) -> None:
     noise, sums = GaussianNoise(1.0, 1.0), (torch.zeros(5), torch.zeros(5))
-    aheads.append(NoiseAhead(noise, sums, SecureStream.insecure(9)))
+    aheads.append(NoiseAhead(noise, sums, SecureStream.insecure(9), 2))
     foreground = SecureStream.insecure(9).child("noise")
     with pytest.raises(ValueError, match="longer than argument 1"):
         aheads[0].add(sums[:1])
@@ -217,9 +218,24 @@ def test_noise_is_never_used_twice_even_after_a_failure(aheads: list[NoiseAhead]
     assert torch.equal(aheads[0].add(sums)[0], noise.add(sums, foreground)[0])
 
 
+def test_nothing_is_drawn_beyond_the_last_step(aheads: list[NoiseAhead]) -> None:
+    noise, drawn = GaussianNoise(1.0, 1.0), []
+
+    class Counted(GaussianNoise):
+        def draw(self, like: Sequence[torch.Tensor], stream: SecureStream) -> tuple[torch.Tensor, ...]:
+            drawn.append(len(like))
+            return noise.draw(like, stream)
+
+    aheads.append(NoiseAhead(Counted(1.0, 1.0), LIKE, SecureStream.insecure(0), 2))
+    for _ in range(2):
+        aheads[0].add(LIKE)
+    aheads[0].close()
+    assert len(drawn) == 2
+
+
 def test_closing_ends_the_thread() -> None:
     before = threading.active_count()
-    ahead = NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, SecureStream.insecure(0))
+    ahead = NoiseAhead(GaussianNoise(1.0, 1.0), LIKE, SecureStream.insecure(0), 2)
     assert threading.active_count() == before + 1
     ahead.close()
     ahead.close()
