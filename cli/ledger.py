@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.outputs import FIGURES, check_output
+
 if TYPE_CHECKING:
     from privacy.ledger.budget import Budget
     from privacy.ledger.store import Snapshot
     from privacy.ledger.verification import Verification
 
 __all__ = ["app"]
-
-_FIGURES = (".png", ".svg", ".pdf")
 
 app = typer.Typer(help="What a site has spent, and whether its record of that is whole.", no_args_is_help=True)
 
@@ -32,7 +31,11 @@ PublicKeyOption = Annotated[
     Path | None, typer.Option("--public-key", help="the site's ledger.pub, as the site handed it over")
 ]
 HeadOption = Annotated[
-    str | None, typer.Option("--head", help="a hash noted earlier: shows whether entries were cut off since")
+    str | None,
+    typer.Option(
+        "--head",
+        help="a hash noted earlier: shows whether entries were cut off since; default: the keys' ledger.head",
+    ),
 ]
 
 
@@ -69,7 +72,7 @@ def show(
     from protocol.errors import PrivacyError
 
     if plot is not None:
-        _check_output(plot, _FIGURES, "--plot")
+        check_output(plot, FIGURES, "--plot")
     place = _place(site, ledger, None)
     snapshot = _read(place)
     for problem in structural_problems(snapshot, key=None):
@@ -125,13 +128,19 @@ def export(
     from rich.console import Console
 
     from cli.ledger_export import as_html, as_json
+    from protocol.errors import ConfigError
 
-    _check_output(output)
+    check_output(output)
     place = _place(site, ledger, keys)
     snapshot = _read(place)
     found = _verified(place, snapshot, public_key, head)
     text = as_json(snapshot, found) if format is Format.JSON else as_html(snapshot, found)
-    output.write_text(text, encoding="utf-8")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{output} cannot be written: {error.strerror}; free the disk or name another place"
+        ) from error
     Console(highlight=False).print(f"export   {output}", soft_wrap=True)
 
 
@@ -150,7 +159,7 @@ def init(
 
     from privacy.ledger.budget import Budget
     from privacy.ledger.journal import Journal
-    from privacy.ledger.keys import HEAD_FILE, load_or_create_keys
+    from privacy.ledger.keys import head_file, load_or_create_keys
     from protocol.errors import ConfigError, PrivacyError
 
     place = _place(site, ledger, keys)
@@ -162,7 +171,7 @@ def init(
         raise ConfigError("a new ledger needs a budget: add --epsilon and --delta, or a budget in the site file")
     budget = Budget(epsilon, delta, unit or "record")
     folder = _keys_folder(place)
-    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=folder / HEAD_FILE)
+    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=head_file(folder, place.location))
     try:
         with journal.reading() as (_, entries):
             if entries:
@@ -194,7 +203,7 @@ def set_budget(
 
     from privacy.ledger.budget import Budget, stored_budget
     from privacy.ledger.journal import Journal
-    from privacy.ledger.keys import HEAD_FILE, load_or_create_keys
+    from privacy.ledger.keys import head_file, load_or_create_keys
     from protocol.errors import PrivacyError
 
     place = _place(site, ledger, keys)
@@ -203,7 +212,7 @@ def set_budget(
         raise PrivacyError(f"the ledger at {place.location} has no budget yet; run: cloister ledger init")
     new = Budget(epsilon, old.delta if delta is None else delta, old.unit if unit is None else unit)
     folder = _keys_folder(place)
-    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=folder / HEAD_FILE)
+    journal = Journal(place.location, load_or_create_keys(folder).signing, head_file=head_file(folder, place.location))
     try:
         entry = journal.set_budget(new, reason)
     finally:
@@ -232,20 +241,6 @@ def _place(site: Path | None, ledger: str | None, keys: Path | None) -> _Place:
     return _Place(file.ledger or folder / "ledger.db", keys or folder, budget)
 
 
-def _check_output(path: Path, suffixes: tuple[str, ...] = (), option: str = "the output") -> None:
-    """Refuse a file that cannot be written, before the work is done."""
-    from protocol.errors import ConfigError
-
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{option} {path} ends in {path.suffix or 'nothing'!r}; use one of {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path} is in a folder that does not exist; run: mkdir -p {path.parent}")
-    if path.is_dir():
-        raise ConfigError(f"{option} {path} is a folder; name a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{option} {path} cannot be written; name another place")
-
-
 def _keys_folder(place: _Place) -> Path:
     from protocol.errors import ConfigError
 
@@ -265,7 +260,9 @@ def _read(place: _Place) -> Snapshot:
 
 
 def _verified(place: _Place, snapshot: Snapshot, public_key: Path | None, head: str | None) -> Verification:
-    from privacy.ledger.keys import PUBLIC_KEY_FILE, load_verifying_key
+    from privacy.ledger.keys import PUBLIC_KEY_FILE, head_file, load_verifying_key
     from privacy.ledger.verification import verify as check
 
+    if head is None and place.keys is not None and (noted := head_file(place.keys, place.location)).is_file():
+        head = noted.read_text(errors="replace").strip()
     return check(snapshot, load_verifying_key(public_key or _keys_folder(place) / PUBLIC_KEY_FILE), head)

@@ -92,7 +92,6 @@ def plot_outlooks(outlooks: Sequence[Outlook], others: Sequence[Outlook], path: 
     right.barh([each.label for each in changes], [each.snr_run or 0.0 for each in changes])
     right.set(xlabel="signal-to-noise ratio of the run, at most", title="what if")
     right.invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

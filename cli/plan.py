@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli.outputs import FIGURES, check_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -65,6 +68,8 @@ def plan_command(
     """
     from conf.compose import compose_experiment
 
+    if plot is not None:
+        check_output(plot, FIGURES, "--plot")
     experiment = compose_experiment(overrides or [])
     found = _forecast(experiment, _counts(experiment, records))
     if plot is not None:
@@ -88,7 +93,7 @@ def _counts(experiment: Experiment, records: str | None) -> dict[str, int]:
 
     if records is not None:
         parts = [part.strip() for part in records.split(",")]
-        if not all(part.isdigit() and int(part) > 0 for part in parts):
+        if not all(re.fullmatch(r"[0-9]{1,12}", part) and int(part) > 0 for part in parts):
             raise ConfigError(f"--records={records}: give positive counts with commas, such as --records 1000,2000")
         return {f"site-{number}": int(part) for number, part in enumerate(parts, start=1)}
     from conf.schema.privacy import local_privacy

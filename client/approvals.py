@@ -58,9 +58,13 @@ class Approvals:
         raise SiteRefusal("not_approved", f"experiment {digest[:12]} is not approved; see: cloister site pending")
 
     def all(self) -> tuple[Asked, ...]:
-        """Return every experiment known here, the latest last."""
+        """Return every experiment known here, the latest last.
+
+        Raises:
+            ConfigError: a file is damaged; what it approved must be decided again.
+        """
         files = [path for path in self._folder.glob("*.json") if re.fullmatch(r"[0-9a-f]{64}", path.stem)]
-        found = [Asked(digest=path.stem, **json.loads(path.read_text())) for path in files]
+        found = [self._read(path) for path in files]
         return tuple(sorted(found, key=lambda asked: asked.since))
 
     def decide(self, prefix: str, state: Literal["approved", "revoked"]) -> Asked:
@@ -77,6 +81,17 @@ class Approvals:
         if matching:
             return self._write(matching[0].digest, state, matching[0].plan)
         return self._write(prefix, state, {})
+
+    @staticmethod
+    def _read(path: Path) -> Asked:
+        try:
+            content = json.loads(path.read_text())
+            state, since, plan = content["state"], content["since"], content["plan"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}); delete it, and decide about its experiment again"
+            ) from error
+        return Asked(path.stem, state, since, plan)
 
     def _write(self, digest: str, state: State, plan: dict[str, Any]) -> Asked:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ never code.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import TokenizedRows, tokenize_rows
-from finetuning.datasets import Row, limit_rows, read_rows, split_rows
+from finetuning.datasets import Row, read_rows, split_rows
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
 from protocol.errors import DataError, SiteRefusal
@@ -93,7 +92,7 @@ class Site:
         data = self.file.data
         rows = read_rows(data.source)
         if data.split_column is None:
-            return limit_rows(rows, data.max_records, random.Random(0))
+            return rows
         return split_rows(rows, data, seed=0)[0]
 
     def _adapted(self, plan: ClientPlan) -> AdaptedModel:

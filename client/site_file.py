@@ -25,7 +25,7 @@ def read_site_file(path: Path) -> SiteFile:
         raise ConfigError(f"site file {path} does not exist; a site without its own file allows nothing")
     try:
         return SiteFile.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"site file {path} is no YAML: {error}") from error
     except ValidationError as error:
         lines = [f"  - {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]

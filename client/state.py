@@ -12,7 +12,16 @@ from client.site_file import ledger_location
 from client.units import Units
 from conf.schema.site import SiteFile
 from privacy.identity import identify
-from privacy.ledger import HEAD_FILE, Budget, Ledger, SiteKeys, load_or_create_keys, open_private
+from privacy.ledger import (
+    HEAD_FILE,
+    SITE_LEDGER_FILE,
+    Budget,
+    Ledger,
+    SiteKeys,
+    head_file,
+    load_or_create_keys,
+    open_private,
+)
 from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
@@ -64,13 +73,9 @@ class SiteState:
         if budget is not None and self._site_ledger is None:
             identity = identify([b"the whole site"], self.secret)
             promised = Budget(budget.epsilon, budget.delta, "site")
-            self._site_ledger = Ledger(
-                self._folder / "site_ledger.db",
-                self._keys.signing,
-                identity,
-                promised,
-                head_file=self._folder / f"site_{HEAD_FILE}",
-            )
+            where = self._folder / SITE_LEDGER_FILE
+            head = head_file(self._folder, where)
+            self._site_ledger = Ledger(where, self._keys.signing, identity, promised, head_file=head)
         return self._site_ledger
 
     def memory(self, run: str) -> SiteMemory:

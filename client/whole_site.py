@@ -6,8 +6,10 @@ The site counts for itself how often it is asked, under which claim, and with wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+
+from scipy.stats import binom
 
 from client.claims import check_claim, whole_release
 from privacy.ledger import Booking, Charge, Ledger, Reservation
@@ -16,6 +18,9 @@ from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader, ReleaseClaim
 
 __all__ = ["WholeSite"]
+
+_BY_CHANCE = 1e-9
+"""How rarely an honest server is refused for having drawn a site too often, per run."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class WholeSite:
 
         Later rounds cost nothing more only under the very plan and claim that were booked. A round asked again with
         other inputs is another release: of independent noise one step, not amplified, because the cohort is the same.
+        Who is asked more often than the claimed rate explains refuses.
 
         Raises:
             SiteRefusal: the claim is missing, does not fit the plan, or the site is asked too often; `round_repeated`
@@ -46,6 +52,7 @@ class WholeSite:
         claim = check_claim(header, ledger.budget.delta)
         booked = ledger.charges(header.plan.run)
         _refuse_too_often(claim, tuple(sorted({charge.round for charge in booked})), header.round)
+        _refuse_too_lucky(claim, header.plan.rounds, {charge.round for charge in booked} | {header.round})
         whole, terms = whole_release(claim, header.plan), _terms(header, claim)
         booking = Booking(header.plan.run, header.round, terms, whole, whole, inputs_digest)
         correlated = claim.min_separation is not None
@@ -104,6 +111,19 @@ def _repeated(booking: Booking) -> SiteRefusal:
         f"round {booking.round} of run {booking.run} was answered before, under another plan or claim, from other "
         "inputs or with another result: correlated noise must not lie on both; start a new run",
     )
+
+
+def _refuse_too_lucky(claim: ReleaseClaim, rounds: int, asked: Collection[int]) -> None:
+    """Refuse when nobody who draws cohorts at the claimed rate would ask this often: the claim's price is too low.
+
+    A site that is drawn with probability q in each of T rounds is asked Bin(T, q) times.
+    """
+    if claim.sampling_rate < 1 and binom.sf(len(asked) - 1, rounds, claim.sampling_rate) < _BY_CHANCE:
+        raise SiteRefusal(
+            "participation_limit",
+            f"round {max(asked)} is this site's number {len(asked)} of {rounds}, and the server claims to draw it at a "
+            f"rate of {claim.sampling_rate:g}: by chance that happens less than once in {1 / _BY_CHANCE:.0e} runs",
+        )
 
 
 def _refuse_too_often(claim: ReleaseClaim, rounds: Sequence[int], asked: int) -> None:

@@ -85,7 +85,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         name=name,
         published_records=published,
         published_users=published_users,
-        data=experiment.data,
+        data=experiment.data.model_copy(update={"max_records": None}),  # drawn before the sites were made
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
             require_approval=False,

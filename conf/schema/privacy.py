@@ -1,8 +1,8 @@
 """What is protected, and at what price."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from conf.schema.base import Frozen
 
@@ -196,6 +196,15 @@ class ClientLevel(_Budgeted):
         "this; the noise grows with the largest weight",
     )
     local: LocalPrivacy = Field(default=NoPrivacy(), description="what each site enforces besides, for its own units")
+
+    @model_validator(mode="after")
+    def _nothing_of_a_site_beside_its_update(self) -> Self:
+        if not isinstance(self.local, NoPrivacy) and self.local.loss_noise_multiplier is not None:
+            raise ValueError(
+                f"local.loss_noise_multiplier={self.local.loss_noise_multiplier:g} must be null under client_level: a "
+                "site's mean loss is noised for one of its records, and the promise here is for the whole site"
+            )
+        return self
 
 
 Privacy = Annotated[NoPrivacy | ExampleLevel | UserLevel | ClientLevel, Field(discriminator="kind")]

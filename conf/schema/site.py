@@ -246,6 +246,16 @@ class SiteFile(Frozen):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
+    def _every_record_counts_alone(self) -> Self:
+        if self.data.max_records is not None:
+            raise ValueError(
+                f"data.max_records={self.data.max_records} must be null at a site: which records are drawn depends on "
+                "all of them, so one record more or less would change many of those used, and the ε would not hold; "
+                "write the records to train on to a file of their own"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _another_user_reaches_the_socket(self) -> Self:
         if self.node is not None and self.node.user is not None and self.serve.socket is None:
             raise ValueError(

@@ -2,11 +2,20 @@
 
 from privacy.ledger.admission import Charge
 from privacy.ledger.budget import Budget
-from privacy.ledger.keys import HEAD_FILE, SigningKey, SiteKeys, load_or_create_keys, open_private
+from privacy.ledger.keys import (
+    HEAD_FILE,
+    SITE_LEDGER_FILE,
+    SigningKey,
+    SiteKeys,
+    head_file,
+    load_or_create_keys,
+    open_private,
+)
 from privacy.ledger.ledger import Account, Booking, Ledger, Reservation
 
 __all__ = [
     "HEAD_FILE",
+    "SITE_LEDGER_FILE",
     "Account",
     "Booking",
     "Budget",
@@ -15,6 +24,7 @@ __all__ = [
     "Reservation",
     "SigningKey",
     "SiteKeys",
+    "head_file",
     "load_or_create_keys",
     "open_private",
 ]

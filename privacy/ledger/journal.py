@@ -77,7 +77,7 @@ class Journal:
         """
         with self._alone():  # also while the head is noted, or a slower writer could note an older one after it
             with self._store.writing() as transaction:
-                pen = Pen(transaction, self._checked(transaction), self._key, self._clock)
+                pen = Pen(transaction, self._checked(transaction, self._noted_head()), self._key, self._clock)
                 yield pen
             self._note_head(pen.entries)
 
@@ -88,8 +88,10 @@ class Journal:
         Raises:
             LedgerUnusable: the chain is broken, or the database fails.
         """
+        # Noted before the entries are read: a writer in between adds entries, and takes none away.
+        noted = self._noted_head()
         with self._store.reading() as transaction:
-            yield transaction, self._checked(transaction)
+            yield transaction, self._checked(transaction, noted)
 
     def set_budget(self, budget: Budget, reason: str) -> Entry:
         """Write a budget; it holds from now on, for every data set of the site.
@@ -106,7 +108,7 @@ class Journal:
         """Release the database."""
         self._store.close()
 
-    def _checked(self, transaction: Transaction) -> tuple[Entry, ...]:
+    def _checked(self, transaction: Transaction, noted: str | None) -> tuple[Entry, ...]:
         entries = transaction.entries()
         fault = first_fault(entries, self._key.verifying, self._trusted)
         if fault is not None:
@@ -115,15 +117,18 @@ class Journal:
                 "look with: cloister ledger verify, and restore a backup (the keys included)"
             )
         self._trusted = frozenset(entry.hash for entry in entries)
-        if self._head_file is not None and self._head_file.exists():
-            noted = self._head_file.read_text(errors="replace").strip()
-            if noted not in self._trusted:
-                raise LedgerUnusable(
-                    f"the ledger at {self._store.name} lacks the entry {noted[:12]} that {self._head_file} notes: it "
-                    "was lost, cut, or set back to an older copy, and would forget what was spent since; restore the "
-                    "newest copy"
-                )
+        if noted is not None and noted not in self._trusted:
+            raise LedgerUnusable(
+                f"the ledger at {self._store.name} lacks the entry {noted[:12]} that {self._head_file} notes: it "
+                "was lost, cut, or set back to an older copy, and would forget what was spent since; restore the "
+                "newest copy"
+            )
         return entries
+
+    def _noted_head(self) -> str | None:
+        if self._head_file is None or not self._head_file.exists():
+            return None
+        return self._head_file.read_text(errors="replace").strip()
 
     @contextmanager
     def _alone(self) -> Generator[None]:

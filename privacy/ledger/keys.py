@@ -27,9 +27,11 @@ __all__ = [
     "PUBLIC_KEY_FILE",
     "SECRET_FILE",
     "SIGNING_KEY_FILE",
+    "SITE_LEDGER_FILE",
     "SigningKey",
     "SiteKeys",
     "VerifyingKey",
+    "head_file",
     "load_or_create_keys",
     "load_verifying_key",
     "open_private",
@@ -38,7 +40,14 @@ __all__ = [
 SIGNING_KEY_FILE, PUBLIC_KEY_FILE, SECRET_FILE = "ledger.key", "ledger.pub", "site.secret"
 HEAD_FILE = "ledger.head"
 """The hash of the ledger's last entry, kept beside the keys: see `Journal`."""
+SITE_LEDGER_FILE = "site_ledger.db"
+"""The ledger in which a whole site is one unit."""
 _SECRET_BYTES = 32
+
+
+def head_file(keys: Path, ledger: str | Path) -> Path:
+    """Return where the head of a ledger is noted; the two ledgers of a site share a folder of keys."""
+    return keys / (f"site_{HEAD_FILE}" if str(ledger).endswith(SITE_LEDGER_FILE) else HEAD_FILE)
 
 
 class VerifyingKey:

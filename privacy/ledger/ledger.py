@@ -15,6 +15,7 @@ set that contains u, and every such data set shares u with this one.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -82,7 +83,8 @@ class Account:
     """Of all runs."""
     budget: Budget
     admitted: float
-    """The largest ε under which anything was booked: no unit has spent more, also after the budget was lowered."""
+    """The largest ε under which anything was booked: no unit has spent more, also after the budget was lowered.
+    Infinite where something was booked at a larger δ than today's."""
     steps: int
     """Booked by the run."""
     mechanisms: tuple[SubsampledGaussian, ...]
@@ -148,7 +150,11 @@ class Ledger:
             earlier = charges_of(pen.entries, concerned)
             same = [charge for charge in earlier if self._is_replay(charge, booking)]
             if same and not fresh:
-                return self._replay(pen.entries, earlier, same[-1], concerned)
+                replayed = self._replay(pen.entries, earlier, same[-1], concerned)
+                # What has left may leave again; what has not, not above a budget that was lowered since.
+                if replayed.output_digest is None:
+                    self._check(pen.entries, booking, earlier[:-1], self._state(pen.entries, earlier, concerned))
+                return replayed
             return self._book(pen, booking, earlier, concerned)
 
     def commit(self, reservation: Reservation, output_digest: str) -> None:
@@ -192,12 +198,15 @@ class Ledger:
             everything = frozenset(transaction.fingerprints())
             charges = charges_of(entries, everything)
             of_run = [charge for charge in charges if charge.run == run]
-            budgets = [entry.content["budget"]["epsilon"] for entry in entries if entry.kind == "reserve"]
+            budget = self._budget(entries)
+            admitting = [entry.content["budget"] for entry in entries if entry.kind == "reserve"]
+            # An ε that was admitted at a larger δ says nothing of this one's.
+            bounds = all(each["delta"] <= budget.delta for each in admitting)
             return Account(
                 run=self._state(entries, of_run, everything),
                 total=self._state(entries, charges, everything),
-                budget=self._budget(entries),
-                admitted=max(budgets, default=0.0),
+                budget=budget,
+                admitted=max((each["epsilon"] for each in admitting), default=0.0) if bounds else math.inf,
                 steps=sum(charge.mechanism.steps for charge in of_run),
                 mechanisms=gathered(charge.mechanism for charge in of_run),
             )
@@ -286,15 +295,21 @@ class Ledger:
             booking.plan_digest,
         )
         after = self._state(pen.entries, (*earlier, charge), concerned)
-        if not after.epsilon <= budget.epsilon * (1 + _TOLERANCE):  # unknown (NaN) means refused
-            before = state(after.rule, earlier, budget, pen.entries)
-            raise BudgetExceeded(
-                f"round {booking.round} would raise this site's ε from {before.epsilon:.3f} to {after.epsilon:.3f}, "
-                f"above its budget of {budget.epsilon:g} at δ={budget.delta:.3g} "
-                f"({RULES[after.rule]}); nothing was trained"
-            )
+        self._check(pen.entries, booking, earlier, after)
         entry = pen.write("reserve", _reserve_content(booking, attempt, after, budget), self._data.fingerprint)
         return Reservation(entry.sequence, after.epsilon, attempt, replayed=False, output_digest=None)
+
+    def _check(self, entries: Sequence[Entry], booking: Booking, earlier: Sequence[Charge], after: Stated) -> None:
+        budget = self._budget(entries)
+        if after.epsilon <= budget.epsilon * (1 + _TOLERANCE):
+            return
+        # Also where it is unknown (NaN).
+        before = state(after.rule, earlier, budget, entries)
+        raise BudgetExceeded(
+            f"round {booking.round} would raise this site's ε from {before.epsilon:.3f} to {after.epsilon:.3f}, "
+            f"above its budget of {budget.epsilon:g} at δ={budget.delta:.3g} "
+            f"({RULES[after.rule]}); nothing was trained"
+        )
 
     def _state(self, entries: Sequence[Entry], charges: Sequence[Charge], concerned: frozenset[str]) -> Stated:
         schedules = schedules_of(entries, concerned, charges[-1].run) if charges else ()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from privacy.identity import identify
-from privacy.ledger import Booking, Budget, Ledger, load_or_create_keys
+from privacy.ledger import Booking, Budget, Ledger, head_file, load_or_create_keys
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import ConfigError, PrivacyError
 
@@ -148,6 +148,41 @@ def test_verify_fails_as_a_process_and_names_the_first_problem(ledger: Path) -> 
     assert result.returncode == PrivacyError.exit_code
     assert "does not hold: entry 4 is missing: entry 5 stands in its place" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("kept", [3, 0])
+def test_verify_notices_a_cut_end_by_the_head_beside_the_keys(tmp_path: Path, kept: int) -> None:
+    """Every hash and signature of what is left holds; also of the ledger of the whole site, which has its own head."""
+    keys = load_or_create_keys(tmp_path)
+    for name in ("ledger.db", "site_ledger.db"):
+        location = tmp_path / name
+        people = identify([b"one"], keys.secret)
+        head = head_file(tmp_path, location)
+        opened = Ledger(location, keys.signing, people, Budget(5.0, 1e-5), head_file=head)
+        opened.commit(opened.reserve(Booking("spring", 1, "plan", STEP.repeated(40), STEP, "inputs")), "output")
+        opened.close()
+        assert head.is_file()
+        assert "4 entries" in run("verify", "--ledger", location).output
+    for name in ("ledger.db", "site_ledger.db"):
+        with sqlite3.connect(tmp_path / name) as connection:
+            connection.execute("DELETE FROM entries WHERE sequence > ?", (kept,))
+            if not kept:
+                connection.execute("DELETE FROM data_sets")
+        error = refusal("verify", "--ledger", tmp_path / name)
+        assert isinstance(error, PrivacyError)
+        assert "that was noted: entries were cut off at the end, or all were rewritten" in str(error)
+
+
+def test_a_full_disk_is_no_traceback(ledger: Path) -> None:
+    error = refusal("export", "/dev/full", "--ledger", ledger)
+    assert isinstance(error, ConfigError)
+    assert "/dev/full cannot be written: No space left on device" in str(error)
+
+
+def test_a_url_that_is_none_is_refused() -> None:
+    error = refusal("show", "--ledger", "postgresql://h:port/x")
+    assert isinstance(error, PrivacyError)
+    assert "the ledger's URL cannot be read" in str(error)
 
 
 def test_export_as_json_can_be_checked_by_other_programs(ledger: Path, tmp_path: Path) -> None:

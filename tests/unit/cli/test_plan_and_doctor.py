@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from conf.compose import compose_experiment
 from privacy.doctor.diagnosis import CHECKS
+from protocol.errors import ConfigError
 from simulations.population import build_population
 
 CHEAP = ("privacy.target_epsilon=null", "privacy.noise_multiplier=1", "federation.rounds=2")
@@ -19,7 +20,7 @@ def plan(*arguments: str):
 
 
 def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
-    figure = tmp_path / "new" / "plan.png"
+    figure = tmp_path / "plan.png"
     result = plan(*CHEAP, "--plot", str(figure))
     assert result.exit_code == 0, result.output
     for word in (
@@ -95,8 +96,16 @@ def test_many_sites_are_told_by_a_few() -> None:
 
 
 def test_counts_must_be_counts() -> None:
-    result = plan("--records", "1000,many")
-    assert "give positive counts with commas" in str(result.exception)
+    for wrong in ("1000,many", "²", "9" * 5000, "0"):
+        result = plan("--records", wrong)
+        assert "give positive counts with commas" in str(result.exception)
+
+
+def test_a_figure_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    for path, why in ((tmp_path / "x.xyz", "use one of .png"), (tmp_path / "no" / "x.png", "does not exist")):
+        result = plan("--plot", str(path), "no.such=override")
+        assert isinstance(result.exception, ConfigError)
+        assert why in str(result.exception)
 
 
 @pytest.mark.slow

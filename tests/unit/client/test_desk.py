@@ -88,6 +88,15 @@ def test_approvals_take_whole_digests_and_unambiguous_ones(tmp_path: Path) -> No
         approvals.decide("a" * 8, "revoked")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '"x"'])
+def test_a_damaged_decision_approves_nothing_and_is_named(tmp_path: Path, content: str) -> None:
+    approvals = Approvals(tmp_path, lambda: NOW)
+    approvals.decide("a" * 64, "approved")
+    (tmp_path / f"{'a' * 64}.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"aaaa\.json is damaged .*; delete it, and decide about its experiment again"):
+        approvals.check("a" * 64, {"run": "x"})
+
+
 def test_a_server_that_invents_plans_does_not_fill_the_disk(tmp_path: Path) -> None:
     approvals = Approvals(tmp_path, lambda: NOW)
     for number in range(130):

@@ -91,8 +91,9 @@ def test_every_problem_of_a_site_file_is_named(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
-def test_a_site_file_that_is_no_yaml(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"name: [", b"name: \xff\xfe"])
+def test_a_site_file_that_is_no_yaml(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
-    path.write_text("name: [")
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match="is no YAML"):
         read_site_file(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from client.site import Site
 from conf.schema.privacy import NoPrivacy
@@ -195,8 +196,34 @@ def test_a_real_site_trains_on_all_its_records_unless_a_column_says_otherwise(tm
         return len(site._records(site._adapted(client_plan(small(), "run")), NoPrivacy(), b"").examples)
 
     assert records() == 40
-    assert records(max_records=7) == 7
     assert records(split_column="split") == 20
+    with pytest.raises(ValidationError, match=r"data.max_records=7 must be null at a site: .* the ε would not hold"):
+        records(max_records=7)
+
+
+@pytest.mark.parametrize("data", [{}, {"split_column": "split"}])
+def test_one_record_less_changes_nothing_of_the_others_that_a_site_reads(tmp_path: Path, data: dict[str, str]) -> None:
+    """The guarantee is about adding or removing one record: what is read of the others must not depend on it."""
+    path = tmp_path / "notes.jsonl"
+    rows = [{"prompt": "a", "completion": f" {n}", "split": "train" if n % 2 else "heldout"} for n in range(40)]
+
+    def read(written: list[dict[str, str]]) -> list[str]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in written))
+        file = SiteFile.model_validate(
+            {
+                "name": "s",
+                "published_records": 40,
+                "model_path": "embedded:clinic-base",
+                "data": {"source": {"path": str(path)}, "columns": {"kind": "prompt_completion"}, **data},
+                "state_directory": str(tmp_path / "state"),
+            }
+        )
+        return [row["completion"] for row in Site(file).read_records()]
+
+    everything = read(rows)
+    for position in (0, 1, 17, 39):
+        gone = rows[position]["completion"]
+        assert read(rows[:position] + rows[position + 1 :]) == [each for each in everything if each != gone]
 
 
 def test_a_server_cannot_test_for_labels(tmp_path: Path, small: Make, instruct: Make) -> None:

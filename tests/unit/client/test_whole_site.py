@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binom
 
 from client.claims import check_claim, check_claimed_cost
 from client.site import Site
@@ -78,6 +79,21 @@ def test_a_secret_cohort_is_booked_whole_at_the_first_round(ledger: Callable[[fl
     for number in (2, 3):
         WholeSite.reserve(books, header(number, claim(sampling_rate=0.25)), f"{number}" * 64).commit("o" * 64)
         assert books.spent() == pytest.approx(cost(0.25, ROUNDS))
+
+
+def test_a_site_that_is_drawn_too_often_for_chance_refuses(ledger: Callable[[float], Ledger]) -> None:
+    """Drawn at a rate of 0.01 in each of 100 rounds a site is asked once; 12 times by chance in 1 of 10^9 runs."""
+    books = ledger(100.0)
+    release, rounds = claim(sampling_rate=0.01), "federation.rounds=100"
+    most = next(count for count in range(1, 100) if binom.sf(count, 100, 0.01) < 1e-9)
+    for number in range(1, most + 1):
+        WholeSite.reserve(books, header(number, release, rounds), f"{number:064}").commit("o" * 64)
+    with pytest.raises(SiteRefusal, match=rf"number {most + 1} of 100, and the server claims to draw it at") as caught:
+        WholeSite.reserve(books, header(most + 1, release, rounds), "f" * 64)
+    assert caught.value.code == "participation_limit"
+    assert most < 15
+    # A round that was answered may be asked for again.
+    WholeSite.reserve(books, header(most, release, rounds), f"{most:064}").commit("o" * 64)
 
 
 def test_correlated_noise_is_booked_once_and_its_limits_are_counted(ledger: Callable[[float], Ledger]) -> None:

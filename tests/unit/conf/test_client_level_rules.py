@@ -57,6 +57,15 @@ def test_legal_combinations(overrides: tuple[str, ...]) -> None:
             r"privacy.noise.bands=5 is above privacy.noise.min_separation=2; use at most 2 bands",
         ),
         (
+            (
+                "privacy=client_level",
+                "privacy.local.kind=example_level",
+                "+privacy.local.target_epsilon=4",
+                "+privacy.local.loss_noise_multiplier=10",
+            ),
+            r"local.loss_noise_multiplier=10 must be null under client_level",
+        ),
+        (
             ("privacy=client_level_blt", "privacy.clipping.kind=adaptive"),
             r"privacy.clipping.kind=adaptive moves the clip norm, and privacy.noise.kind=blt needs the same one",
         ),

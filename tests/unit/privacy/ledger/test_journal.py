@@ -1,5 +1,6 @@
 """Budgets as entries, and a ledger that was tampered with, or is something else."""
 
+import math
 import sqlite3
 import sys
 import threading
@@ -27,6 +28,30 @@ def test_lowering_takes_effect_at_once_also_for_a_ledger_that_is_open(journal, o
     assert ledger.budget.epsilon == 0.1
     with pytest.raises(BudgetExceeded, match=r"above its budget of 0\.1"):
         ledger.reserve(booking(2))
+
+
+def test_what_was_reserved_before_a_budget_was_lowered_does_not_leave_above_it(journal, open_ledger, booking) -> None:
+    """A crash left round 2 uncommitted; round 1 has left, and may leave again."""
+    ledger = open_ledger(10.0)
+    ledger.commit(ledger.reserve(booking(1)), "first")
+    spent = ledger.reserve(booking(2)).epsilon_after
+    assert ledger.reserve(booking(2)).replayed
+    journal.set_budget(Budget(spent * 0.99, 1e-5), "")
+    with pytest.raises(BudgetExceeded, match=r"round 2 would raise this site's ε from"):
+        ledger.reserve(booking(2))
+    assert ledger.reserve(booking(1)).output_digest == "first"
+
+
+def test_an_account_states_no_more_than_was_admitted_and_no_less_at_a_smaller_delta(
+    journal, open_ledger, booking, people
+) -> None:
+    ledger = open_ledger(2.0, delta=1e-3)
+    ledger.reserve(booking(1))
+    assert ledger.account("run").admitted == 2.0
+    journal.set_budget(Budget(1.5, 1e-7), "")
+    account = open_ledger(1.5, delta=1e-7).account("run")
+    assert account.budget.delta == 1e-7
+    assert account.admitted == math.inf, "what 2.0 bounds at δ=1e-3, it does not at 1e-7"
 
 
 def test_raising_needs_a_reason_and_the_file(journal, open_ledger) -> None:
@@ -115,6 +140,23 @@ def test_a_ledger_that_was_lost_or_set_back_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(PrivacyError, match=r"lacks the entry .* lost, cut, or set back to an older copy"):
             journal.set_budget(Budget(0.4, 1e-5), "")
         journal.close()
+
+
+def test_a_reader_is_not_misled_by_a_writer_beside_it(path, key, tmp_path) -> None:
+    head = tmp_path / "ledger.head"
+    writer = Journal(path, key, head_file=head)
+    writer.set_budget(Budget(1.0, 1e-5), "")
+
+    class Interrupted(Journal):
+        def _noted_head(self) -> str | None:
+            writer.set_budget(Budget(0.5, 1e-5), "")
+            return super()._noted_head()
+
+    reader = Interrupted(path, key, head_file=head)
+    with reader.reading() as (_, entries):
+        assert len(entries) == 2
+    for each in (reader, writer):
+        each.close()
 
 
 def test_the_head_is_noted_before_another_writer_may_write(path, key, tmp_path) -> None:
