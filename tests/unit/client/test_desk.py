@@ -93,7 +93,7 @@ def test_a_damaged_decision_approves_nothing_and_is_named(tmp_path: Path, conten
     approvals = Approvals(tmp_path, lambda: NOW)
     approvals.decide("a" * 64, "approved")
     (tmp_path / f"{'a' * 64}.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"aaaa\.json is damaged .*; delete it, and decide about its experiment again"):
+    with pytest.raises(ConfigError, match=r"aaaa\.json is damaged .*; delete it, and decide about its"):
         approvals.check("a" * 64, {"run": "x"})
 
 
