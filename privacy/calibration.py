@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from scipy.optimize import root_scalar
 
 from privacy.accounting import ACCOUNTANT, accountant_of, epsilon_of
-from privacy.loss_distributions import epsilon_on_grid
+from privacy.loss_distributions import epsilon_on_grid, pld_epsilon
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
@@ -22,10 +22,12 @@ _LOWEST, _AIM, _HIGHEST = 0.999, 0.9993, 0.9996
 """What part of the target may be reached. The rest is for the grid: ε of a part of the run may be discretized a little
 more coarsely than ε of the whole, by 0.03 %, and a ledger whose budget is the target must let every part pass."""
 
-_STRIDE = 1.25
-_SEARCH_GRID = 1e-2
-_SEARCHED_FROM = 0.5
-"""The ε from which a first search on one coarse grid pays; a smaller one it overstates so much that it misleads."""
+_STRIDE, _SLOPE_STRIDE = 1.25, 1.1
+_USUAL_SLOPE = -1.5
+_SEARCH_GRID, _SEARCHED_FROM = 1e-2, 0.5
+"""One coarse grid, and the ε from which a search on it pays; a smaller one it overstates so much that it misleads."""
+_SEARCH_TOLERANCE = 0.05
+"""Between grids, for a smaller ε."""
 
 
 def is_reachable(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> bool:
@@ -54,8 +56,8 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
             "or fewer steps"
         )
     aim, start = _AIM * target_epsilon, _central_limit(target_epsilon, delta, mechanism)
-    coarse = accountant_of([mechanism]) == ACCOUNTANT and aim >= _SEARCHED_FROM
-    cost = _on_search_grid(mechanism, delta) if coarse else stated
+    coarse = accountant_of([mechanism]) == ACCOUNTANT
+    cost = _searched(mechanism, delta, aim) if coarse else stated
     bracket = _bracket(cost, aim, start)
     if bracket is None:  # a coarse grid overstates an ε next to what the most noise reaches
         cost, bracket = stated, (_LEAST, _MOST)
@@ -63,8 +65,9 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     if low == high:
         return _LEAST
     if cost is not stated:
-        return _refined(stated, _root(cost, low, high, aim), target_epsilon)
-    return _refined(stated, math.sqrt(low * high), target_epsilon, low, high)
+        near = _root(cost, low, high, aim)
+        return _refined(stated, near, target_epsilon, _slope(cost, near))
+    return _refined(stated, math.sqrt(low * high), target_epsilon, _USUAL_SLOPE, low, high)
 
 
 def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:
@@ -82,11 +85,28 @@ def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGau
     return min(max(math.log1p(signal) ** -0.5, _LEAST), _MOST)
 
 
-def _on_search_grid(mechanism: SubsampledGaussian, delta: float) -> Callable[[float], float]:
+def _searched(mechanism: SubsampledGaussian, delta: float, aim: float) -> Callable[[float], float]:
+    """Return ε as a function of the noise: quick, a few percent too large, remembered."""
+
+    @cache
     def cost(noise: float) -> float:
-        return epsilon_on_grid((replace(mechanism, noise_multiplier=noise),), delta, _SEARCH_GRID)
+        noised = (replace(mechanism, noise_multiplier=noise),)
+        if aim >= _SEARCHED_FROM:
+            return epsilon_on_grid(noised, delta, _SEARCH_GRID)
+        return pld_epsilon(noised, delta, tolerance=_SEARCH_TOLERANCE)
 
     return cost
+
+
+def _slope(cost: Callable[[float], float], noise: float) -> float:
+    """Return d ln ε / d ln σ, about: -1.5 at usual rates, far steeper where steps are few and rarely drawn."""
+    fewer, more = noise / _SLOPE_STRIDE, noise * _SLOPE_STRIDE
+    measured = math.log(max(cost(more), 1e-12) / max(cost(fewer), 1e-12)) / math.log(more / fewer)
+    return measured if _is_slope(measured) else _USUAL_SLOPE
+
+
+def _is_slope(measured: float) -> bool:
+    return -20 < measured < -0.5
 
 
 def _bracket(cost: Callable[[float], float], aim: float, start: float) -> tuple[float, float] | None:
@@ -115,13 +135,14 @@ def _root(cost: Callable[[float], float], low: float, high: float, aim: float) -
         # Far too much noise costs 0 exactly; the logarithm needs a floor.
         return math.log(max(cost(math.exp(log_noise)), 1e-12) / aim)
 
-    return math.exp(root_scalar(excess, method="brentq", bracket=(math.log(low), math.log(high)), xtol=1e-4).root)
+    return math.exp(root_scalar(excess, method="brentq", bracket=(math.log(low), math.log(high)), xtol=1e-3).root)
 
 
 def _refined(
     stated: Callable[[float], float],
     noise: float,
     target_epsilon: float,
+    slope: float,
     too_little: float = _LEAST,
     enough: float = 2 * _MOST,
 ) -> float:
@@ -129,7 +150,6 @@ def _refined(
 
     Secant steps in (ln σ, ln ε), kept between the most noise known to be too little and the least known to be enough.
     """
-    slope = -1.5
     goal = math.log(_AIM * target_epsilon)
     height = math.log(max(stated(noise), 1e-12))
     while not math.log(_LOWEST * target_epsilon) <= height <= math.log(_HIGHEST * target_epsilon):
@@ -143,6 +163,6 @@ def _refined(
         following = step if too_little < step < enough else math.sqrt(too_little * enough)
         risen = math.log(max(stated(following), 1e-12))
         measured = (risen - height) / math.log(following / noise)
-        slope = measured if -20 < measured < -0.5 else slope
+        slope = measured if _is_slope(measured) else slope
         noise, height = following, risen
     return noise

@@ -44,11 +44,14 @@ class _Terms:
     view: CutView
 
 
-def pld_epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, group_size: int = 1) -> float:
+def pld_epsilon(
+    mechanisms: tuple[SubsampledGaussian, ...], delta: float, group_size: int = 1, tolerance: float = _TOLERANCE
+) -> float:
     """Return ε of `mechanisms` composed, on the first grid whose ε is within 0.1 % of that of twice the interval.
 
     The discretization error falls with the square of the interval, so about 0.03 % of it is left. Of the two bounds on
-    a cut batch the one with the smaller ε is taken: each is valid alone.
+    a cut batch the one with the smaller ε is taken: each is valid alone. A larger `tolerance` is quicker, looser, and
+    an upper bound all the same.
     """
     interval = COARSEST_GRID
     views: tuple[CutView, ...] = ("told", "amplified") if any(m.truncation for m in mechanisms) else ("told",)
@@ -58,7 +61,7 @@ def pld_epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, group_
     while interval > FINEST_GRID:
         interval /= 2
         epsilon = epsilon_on_grid(mechanisms, delta, interval, group_size, view)
-        if coarser - epsilon <= _TOLERANCE * epsilon:
+        if coarser - epsilon <= tolerance * epsilon:
             return epsilon
         coarser = epsilon
     return coarser
