@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from finetuning.batches import Example
+from finetuning.batches import IGNORED, Example
+from finetuning.tasks.build import build_objective
 
 VOCABULARY, CONTEXT, HIDDEN = 320, 64, 32
 SPECIAL = ("<pad>", "<s>", "</s>", "<cls>", "<sep>", "<unk>")
@@ -134,6 +135,24 @@ def make_examples() -> Callable[..., list[Example]]:
         return examples
 
     return make
+
+
+@pytest.fixture(scope="session")
+def coupled_objective() -> Callable[[Any], Any]:
+    """Return what may stand for `build_objective`: each loss is divided by the tokens of the whole micro-batch, as
+    `labels=` of transformers does it."""
+
+    def build(task: Any) -> Any:
+        objective = build_objective(task)
+
+        class Coupled(type(objective)):
+            def losses(self, network: Any, batch: Any) -> torch.Tensor:
+                tokens = (batch.targets[:, 1:] != IGNORED).sum(dim=1)
+                return objective.losses(network, batch) * tokens * batch.size / tokens.sum()
+
+        return Coupled()
+
+    return build
 
 
 @pytest.fixture(scope="session")
