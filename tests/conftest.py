@@ -139,8 +139,7 @@ def make_examples() -> Callable[..., list[Example]]:
 
 @pytest.fixture(scope="session")
 def coupled_objective() -> Callable[[Any], Any]:
-    """Return what may stand for `build_objective`: each loss is divided by the tokens of the whole micro-batch, as
-    `labels=` of transformers does it."""
+    """Return what may stand for `build_objective`: each loss is divided by the tokens of the whole micro-batch."""
 
     def build(task: Any) -> Any:
         objective = build_objective(task)
@@ -166,6 +165,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes long last, so that a plain mistake shows within a minute."""
+    """Run what is quick first and what is marked as slow last, so that a plain mistake shows within a minute."""
+    folders = ("architecture", "config", "unit", "conformance", "golden", "parity", "privacy", "rounds", "real")
     slow = ("deployment", "browser", "slow")
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in slow))
+
+    def when(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        place = folders.index(folder) if folder in folders else len(folders)
+        return any(item.get_closest_marker(name) for name in slow), place
+
+    items.sort(key=when)

@@ -131,6 +131,7 @@ def test_no_clipping(plant: Plant, catches: Catches) -> None:
 def test_loss_normalized_over_the_batch(
     plant: Plant, catches: Catches, coupled_objective: Callable[[Any], Any]
 ) -> None:
+    """Each loss is divided by the tokens of the whole micro-batch, as `labels=` of transformers does it."""
     plant("build_objective", coupled_objective)
     # The dry run would refuse it (tests/unit/client/test_dry_run_before_spending.py); here the doctor has to see it.
     plant("way_of_gradients", lambda *_: "native")

@@ -76,6 +76,7 @@ def test_refused_before_anything_is_booked(make_site: Make, small: Make, instruc
 def test_losses_that_couple_examples_are_refused(
     make_site: Make, small: Make, instruct: Make, coupled_objective: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What `labels=` of transformers does: the mean over the tokens of the whole batch."""
     monkeypatch.setattr(client.training, "build_objective", coupled_objective)
     experiment = small()
     with pytest.raises(PrivacyError, match=r"^an example's gradient depends on what it is batched with"):
