@@ -250,13 +250,9 @@ def _keys_folder(place: _Place) -> Path:
 
 
 def _read(place: _Place) -> Snapshot:
-    from privacy.ledger.store import Store
+    from privacy.ledger.store import read_snapshot
 
-    store = Store(place.location, read_only=True)
-    try:
-        return store.snapshot()
-    finally:
-        store.close()
+    return read_snapshot(place.location)
 
 
 def _verified(place: _Place, snapshot: Snapshot, public_key: Path | None, head: str | None) -> Verification:

@@ -246,7 +246,7 @@ def _print(experiment: Experiment, found: _Forecast) -> None:
     if found.neediest is not None and found.groups:
         several = ", ".join(f"{size} records ε={epsilon_text(epsilon)}" for size, epsilon in found.groups)
         console.print(f"a person whose records are protected one by one, at {found.neediest.label}: {several}")
-    for warning in _hopeless(experiment, found):
+    for warning in _hopeless(found):
         console.print(f"[yellow]warning[/yellow] {escape(warning)}", soft_wrap=True)
     console.print(_person_line(experiment.federation.sites_per_person, found), soft_wrap=True)
     for runs, told, best in found.searches:
@@ -256,7 +256,7 @@ def _print(experiment: Experiment, found: _Forecast) -> None:
         )
 
 
-def _hopeless(experiment: Experiment, found: _Forecast) -> list[str]:
+def _hopeless(found: _Forecast) -> list[str]:
     """Return what is feasible and will probably learn nothing, or promise little; with what would help."""
     from conf.schema.rules import LARGE_DELTA
 
@@ -309,7 +309,7 @@ def _print_json(experiment: Experiment, found: _Forecast) -> None:
         ],
         "group": [{"records": size, "epsilon": _finite(epsilon)} for size, epsilon in found.groups],
         "sites_per_person": {"sites": experiment.federation.sites_per_person, "epsilon": _finite(found.person)},
-        "warnings": _hopeless(experiment, found),
+        "warnings": _hopeless(found),
         "feasible": not found.problems,
     }
     typer.echo(json.dumps(told, indent=1, ensure_ascii=False))

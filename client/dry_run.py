@@ -40,7 +40,8 @@ from privacy.per_example import ONE_BY_ONE
 from privacy.plan import PrivacyPlan
 from protocol.errors import ModelError, PrivacyError
 
-__all__ = ["made_up_examples", "way_of_gradients"]
+__all__ = ["made_up_examples", "way_of_gradients", "without_dropout"]
+
 _LENGTHS = (9, 6, 4)
 """Tokens of the made-up examples; none is their number, so that rows of positions are no rows of examples."""
 _SPREAD = 0.02
@@ -131,7 +132,7 @@ class _DryRun:
         with ExitStack() as stack:
             changed_buffers = stack.enter_context(_traceless(self.adapted))
             stack.enter_context(checkpointing(self.adapted.base.network, self.runtime.gradient_checkpointing))
-            stack.enter_context(_without_dropout(self.adapted.network))
+            stack.enter_context(without_dropout(self.adapted.network))
             self.adapted.network.train()
             first = self._first()
             usable = _finite(first)
@@ -245,7 +246,7 @@ class _DryRun:
 
 
 @contextmanager
-def _without_dropout(network: nn.Module) -> Generator[None]:
+def without_dropout(network: nn.Module) -> Generator[None]:
     """Inside, whatever a module calls some dropout rate is zero: masks of a batch are not those of its examples."""
     rates = [
         (module, name, value)

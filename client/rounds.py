@@ -28,7 +28,7 @@ from protocol.errors import BudgetExceeded, LedgerUnusable, PrivacyError, Replay
 from protocol.instructions import ClientPlan, Instruction, LedgerName, PrivacyStatement, Reply, ReplyHeader
 from protocol.metrics import releasable
 from protocol.refusals import sentence
-from protocol.tensors import digest, layout_of, verify
+from protocol.tensors import NamedTensors, digest, layout_of, verify
 from strategies.base import LocalRound, LocalStart, Strategy
 from strategies.build import build_strategy
 
@@ -87,7 +87,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         # The server's books lack these rounds, and a site's own must agree with them.
         state.memory(plan.run).forget(header.unused_rounds)
     memory = state.memory(plan.run).before(header.round) if strategy.has_memory else {}
-    local = _local_round(instruction, adapted, strategy, training, state)
+    local = _local_round(instruction, adapted, strategy, training, state, memory)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     check_cost(work.file, privacy)
@@ -214,6 +214,7 @@ def _local_round(
     strategy: Strategy,
     training: LocalTraining,
     state: SiteState,
+    memory: NamedTensors,
 ) -> LocalRound:
     """Return the strategy's half of the round, from what was sent, what follows from the public seed, and what this
     site kept."""
@@ -245,7 +246,7 @@ def _local_round(
         LocalStart(
             adapter=adapter,
             extras=extras,
-            memory=state.memory(plan.run).before(number) if strategy.has_memory else {},
+            memory=memory,
             trained=strategy.trained(adapted.names, number),
             uploaded=strategy.uploaded(adapted.names, number),
             local=training,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from client.dry_run import without_dropout
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, NoPrivacy, UserLevel
 from finetuning.datasets import Row
@@ -23,7 +24,7 @@ from protocol.tensors import NamedTensors, add
 from simulations.patient import ROUNDS, Patient, admit, rows_of
 from simulations.population import site_file
 from simulations.probe import draws_of, probe_of
-from simulations.watching import StepLog, WatchedSite, frozen_digest, silenced, without_dropout
+from simulations.watching import StepLog, WatchedSite, frozen_digest, silenced
 
 __all__ = ["observe_site"]
 

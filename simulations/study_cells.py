@@ -17,7 +17,7 @@ from protocol.errors import CloisterError
 from simulations.simulate import simulate
 from simulations.study_lines import LineFile, work_through
 
-__all__ = ["Cell", "Labels", "Line", "compose_cell", "expected_seconds", "finished", "results_of", "run_cells"]
+__all__ = ["Cell", "Labels", "Line", "compose_cell", "expected_seconds", "finished", "run_cells"]
 
 _RECORDS_PER_SECOND = 60.0
 """Of private training of the embedded model on one core at 80 tokens, for a first estimate."""
@@ -173,11 +173,6 @@ def finished(cells: Iterable[Cell], path: Path) -> dict[Labels, Line]:
     known = {(line.labels, line.digest): line for line in LineFile(path / "results.csv", Line).read()}
     wanted = [(cell.labels, cell.experiment.digest) for cell in cells if cell.experiment is not None]
     return {labels: known[labels, digest] for labels, digest in wanted if (labels, digest) in known}
-
-
-def results_of(path: Path) -> list[Line]:
-    """Return every line of a study's folder."""
-    return LineFile(path / "results.csv", Line).read()
 
 
 def expected_seconds(cells: Sequence[Cell], path: Path, workers: int) -> float:

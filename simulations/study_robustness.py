@@ -38,7 +38,6 @@ __all__ = [
     "backdoor_success",
     "cells_of",
     "plot_results",
-    "read_results",
     "run_robustness",
     "study_experiment",
 ]
@@ -252,11 +251,6 @@ def _hit(adapted: AdaptedModel, batch: Any) -> bool:
         return bool((output.logits.argmax(-1) == batch.labels).all())
     predicted, wanted = output.logits[:, :-1].argmax(-1), batch.targets[:, 1:]
     return bool((predicted == wanted)[wanted >= 0].all())
-
-
-def read_results(path: Path) -> list[Result]:
-    """Return the results of a study's file; none where there is no file."""
-    return LineFile(path, Result).read()
 
 
 def plot_results(results: Sequence[Result], path: Path) -> Path:

@@ -28,7 +28,7 @@ from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan
 from protocol.instructions import ClientPlan, Instruction, Reply
 
-__all__ = ["StepLog", "WatchedSite", "frozen_digest", "gradient_of", "silenced", "without_dropout"]
+__all__ = ["StepLog", "WatchedSite", "frozen_digest", "gradient_of", "silenced"]
 
 _COORDINATES = 4096
 """Values of each tensor that are kept per step: enough for the tests, little memory for a large adapter."""
@@ -146,20 +146,3 @@ def silenced(network: nn.Module) -> Generator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def without_dropout(network: nn.Module) -> Generator[None]:
-    """Switch off every dropout of the base; the adapter's is off already."""
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in network.modules():
-        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
-        value = getattr(module, name, None)
-        if isinstance(value, float) and value > 0:
-            changed.append((module, name, value))
-            setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, value in changed:
-            setattr(module, name, value)

@@ -9,17 +9,33 @@ import torch
 from protocol.tensors import NamedTensors, corner
 from strategies.base import Contribution
 
-__all__ = ["WeightedMean", "add_scaled", "checked_weight"]
+__all__ = ["UpdateSum", "WeightedMean", "add_scaled", "checked_weight"]
 
 _PIECE = 1 << 17
 """Values that are widened to float64 at a time: what is widened stays in the processor's cache."""
 
 
-class WeightedMean:
-    """Σₖ wₖ Δₖ / Σₖ wₖ, summed in float64 so that the order of arrival does not show.
+class UpdateSum:
+    """Σₖ wₖ Δₖ, in float64 so that the order of arrival does not show; the memory does not grow with the cohort.
 
     An update may be smaller than the adapter's tensor where sites train at lower ranks: what it lacks counts as zero.
     """
+
+    def __init__(self, adapter: NamedTensors | None = None) -> None:
+        """Start empty; `adapter` gives each sum its shape, without it the first update does."""
+        self._adapter = {} if adapter is None else adapter
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, update: NamedTensors, weight: float = 1.0) -> None:
+        """Add weight · update."""
+        for name, tensor in update.items():
+            if name not in self.tensors:
+                self.tensors[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
+            add_scaled(corner(self.tensors[name], tensor.shape), tensor, weight)
+
+
+class WeightedMean:
+    """Σₖ wₖ Δₖ / Σₖ wₖ; sites may train at lower ranks (`UpdateSum`)."""
 
     def __init__(self, adapter: NamedTensors | None = None) -> None:
         """Start empty.
@@ -27,8 +43,7 @@ class WeightedMean:
         Args:
             adapter: gives each sum its shape; without it all updates have the shapes of the first.
         """
-        self._adapter = {} if adapter is None else adapter
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sum = UpdateSum(adapter)
         self._weight = 0.0
 
     @property
@@ -39,17 +54,14 @@ class WeightedMean:
     def accumulate(self, contribution: Contribution) -> None:
         """Fold one update; its weight is positive and finite."""
         weight = checked_weight(contribution.weight)
-        for name, tensor in contribution.update.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
-            add_scaled(corner(self._sums[name], tensor.shape), tensor, weight)
+        self._sum.add(contribution.update, weight)
         self._weight += weight
 
     def result(self) -> NamedTensors:
         """Return the mean as float32."""
         if self.is_empty:
             raise ValueError("there is no mean of no updates")
-        return {name: (total / self._weight).float() for name, total in self._sums.items()}
+        return {name: (total / self._weight).float() for name, total in self._sum.tensors.items()}
 
     def metrics(self) -> Mapping[str, float]:
         """Return nothing."""

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from finetuning.batches import Example
+from finetuning.batches import IGNORED, Example
+from finetuning.tasks.build import build_objective
 
 VOCABULARY, CONTEXT, HIDDEN = 320, 64, 32
 SPECIAL = ("<pad>", "<s>", "</s>", "<cls>", "<sep>", "<unk>")
@@ -137,6 +138,23 @@ def make_examples() -> Callable[..., list[Example]]:
 
 
 @pytest.fixture(scope="session")
+def coupled_objective() -> Callable[[Any], Any]:
+    """Return what may stand for `build_objective`: each loss is divided by the tokens of the whole micro-batch."""
+
+    def build(task: Any) -> Any:
+        objective = build_objective(task)
+
+        class Coupled(type(objective)):
+            def losses(self, network: Any, batch: Any) -> torch.Tensor:
+                tokens = (batch.targets[:, 1:] != IGNORED).sum(dim=1)
+                return objective.losses(network, batch) * tokens * batch.size / tokens.sum()
+
+        return Coupled()
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data and small real models: CLOISTER_SHARED_DATA, or shared/data beside the repository."""
     named = os.environ.get("CLOISTER_SHARED_DATA")
@@ -147,6 +165,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes long last, so that a plain mistake shows within a minute."""
+    """Run what is quick first and what is marked as slow last, so that a plain mistake shows within a minute."""
+    folders = ("architecture", "config", "unit", "conformance", "golden", "parity", "privacy", "rounds", "real")
     slow = ("deployment", "browser", "slow")
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in slow))
+
+    def when(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        place = folders.index(folder) if folder in folders else len(folders)
+        return any(item.get_closest_marker(name) for name in slow), place
+
+    items.sort(key=when)

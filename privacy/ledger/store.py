@@ -36,7 +36,7 @@ from privacy.identity import DataIdentity
 from privacy.ledger.chain import Entry
 from protocol.errors import LedgerUnusable, PrivacyError
 
-__all__ = ["Snapshot", "Store", "Transaction"]
+__all__ = ["Snapshot", "Store", "Transaction", "read_snapshot"]
 
 _metadata = MetaData()
 _entries = Table(
@@ -294,6 +294,19 @@ def _reader(path: Path) -> Callable[[], sqlite3.Connection]:
         return connection
 
     return connect
+
+
+def read_snapshot(location: str | Path) -> Snapshot:
+    """Return everything in the ledger at a path or URL, which is left as it is.
+
+    Raises:
+        PrivacyError: as `Store` and `Store.snapshot` do.
+    """
+    store = Store(location, read_only=True)
+    try:
+        return store.snapshot()
+    finally:
+        store.close()
 
 
 def _text(stored: bytes) -> str:

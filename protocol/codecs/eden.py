@@ -14,7 +14,7 @@ from protocol.codecs.base import Encoded, Section, Sections, WireContext, checke
 from protocol.codecs.flat import FlatReader, FlatWriter
 from protocol.codecs.gaussian import centroids, distortion, nearest
 from protocol.codecs.packing import pack, packed_size, unpack
-from protocol.codecs.rotated import Scale, inflation_limit, normalized, scale_section, scales_of
+from protocol.codecs.rotated import Rotated, normalized, scale_section, scales_of
 from protocol.codecs.rotation import Chunk, chunks_of, rotate_blocks, unrotate_blocks
 from protocol.tensors import Layout, NamedTensors
 
@@ -24,7 +24,7 @@ _TAG = 3
 
 
 @dataclass(frozen=True)
-class Eden:
+class Eden(Rotated):
     """Decodes to S R⁻¹ Q(R x) per block, R a random rotation and Q the codebook of N(0, 1) (algorithm 1).
 
     With S = ‖x‖² / <Rx, Q> the mean over rotations is x, and the relative squared error D/(1-D) for the codebook's
@@ -33,30 +33,11 @@ class Eden:
     gets nothing, which is random sparsification (section 4.1).
     """
 
-    bits: float
-    scale: Scale = "unbiased"
-
-    is_summable = False
-
-    @property
-    def is_unbiased(self) -> bool:
-        """Whether the unbiased scale is used."""
-        return self.scale == "unbiased"
-
-    @property
-    def bits_per_value(self) -> float:
-        """The rate."""
-        return self.bits
-
     @property
     def distortion(self) -> float:
         """D, averaged over coordinates."""
         low, share = int(self.bits), self.bits - int(self.bits)
         return (1 - share) * distortion(low) + (share * distortion(low + 1) if share else 0)
-
-    def norm_inflation(self, values: int) -> float:
-        """Return 1 for the least squares scale; 1.25/√(1-D) for the unbiased one, where 1/√(1-D) is usual."""
-        return inflation_limit(self.scale, self.distortion)
 
     def encode(self, tensors: NamedTensors, context: WireContext, generator: torch.Generator) -> Encoded:
         """Return scales and codes; see `Codec.encode`."""

@@ -16,7 +16,7 @@ import torch
 from protocol.codecs.base import Encoded, WireContext, checked_scales, frame, opened, value_count
 from protocol.codecs.flat import FlatReader, FlatWriter
 from protocol.codecs.gaussian import normal_cdf
-from protocol.codecs.rotated import Scale, inflation_limit, normalized, scales_of
+from protocol.codecs.rotated import Rotated, normalized, scales_of
 from protocol.codecs.rotation import chunks_of, rotate_blocks, unrotate_blocks
 from protocol.errors import ReplyRejected
 from protocol.tensors import Layout, NamedTensors
@@ -34,37 +34,23 @@ _TAG = 4
 
 
 @dataclass(frozen=True)
-class UniformEntropy:
+class UniformEntropy(Rotated):
     """Decodes to S R⁻¹ Δ round(R x / Δ) per block; the integers are coded with their exact Gaussian probabilities.
 
-    Entropy-coded scalar quantization of a Gaussian is 0.2546 bit from the rate-distortion function at high rates (Gish
-    and Pierce 1968), where Lloyd-Max's fixed rate loses up to 0.72. The scales are EDEN's. The coder is asymmetric
-    numeral systems (Duda 2013, arXiv 1311.2540) of the library constriction.
+    The rate is the integers' entropy. Entropy-coded scalar quantization of a Gaussian is 0.2546 bit from the
+    rate-distortion function at high rates (Gish and Pierce 1968), where Lloyd-Max's fixed rate loses up to 0.72. The
+    scales are EDEN's. The coder is asymmetric numeral systems (Duda 2013, arXiv 1311.2540) of the library constriction.
     """
-
-    bits: float
-    scale: Scale = "unbiased"
-
-    is_summable = False
-
-    @property
-    def is_unbiased(self) -> bool:
-        """Whether the unbiased scale is used."""
-        return self.scale == "unbiased"
-
-    @property
-    def bits_per_value(self) -> float:
-        """The rate: entropy of the integers."""
-        return self.bits
 
     @property
     def step(self) -> float:
         """Δ, in units of a coordinate's standard deviation."""
         return step_of_rate(self.bits)
 
-    def norm_inflation(self, values: int) -> float:
-        """Return 1 for the least squares scale; 1.25/√(1-D) for the unbiased one."""
-        return inflation_limit(self.scale, _distortion(self.step))
+    @property
+    def distortion(self) -> float:
+        """D of rounding to multiples of Δ."""
+        return _distortion(self.step)
 
     def encode(self, tensors: NamedTensors, context: WireContext, generator: torch.Generator) -> Encoded:
         """Return, for each chunk, a length, scales and coded integers; see `Codec.encode`."""

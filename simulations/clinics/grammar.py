@@ -17,7 +17,6 @@ __all__ = [
     "REVIEWS",
     "SEVERITIES",
     "SPANS",
-    "SYMPTOMS",
     "TESTS",
     "Condition",
 ]
@@ -230,7 +229,6 @@ CONDITIONS: tuple[Condition, ...] = (
 
 DRUGS: tuple[str, ...] = tuple(sorted({drug for condition in CONDITIONS for drug in condition.drugs}))
 TESTS: tuple[str, ...] = tuple(sorted({test for condition in CONDITIONS for test in condition.tests}))
-SYMPTOMS: tuple[str, ...] = tuple(sorted({word for condition in CONDITIONS for word in condition.symptoms}))
 DEPARTMENTS: tuple[str, ...] = tuple(sorted({condition.department for condition in CONDITIONS}))
 
 DOSES: tuple[int, ...] = (5, 10, 15, 20, 25, 30, 40, 50, 60, 75, 80, 100, 120, 150, 200, 250, 300, 400, 500, 600, 800)

@@ -25,7 +25,8 @@ from strategies.base import (
     ServerHalf,
     ServerState,
 )
-from strategies.objectives.extras import prefixed, without_prefix
+from strategies.extras import prefixed, without_prefix
+from strategies.mean import UpdateSum
 from strategies.objectives.fedprox import pull_back
 
 __all__ = ["DynamicClient", "DynamicServer"]
@@ -117,27 +118,24 @@ class DynamicServer:
 
 
 class _DynamicAggregator:
-    """Sums the updates a second time, without weights; the memory does not grow with the cohort."""
+    """Sums the updates a second time, without weights."""
 
     def __init__(self, inner: Aggregator, linear: NamedTensors, alpha: float, population: float | None) -> None:
         self._inner, self._linear, self._alpha, self._population = inner, linear, alpha, population
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sum = UpdateSum()
         self._count = 0
 
     def accumulate(self, contribution: Contribution) -> None:
         """Fold one contribution."""
         self._inner.accumulate(contribution)
-        for name, tensor in contribution.update.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-            self._sums[name].add_(tensor)
+        self._sum.add(contribution.update)
         self._count += 1
 
     def result(self) -> NamedTensors:
         """Return the inner result, and the next h."""
         combined, share = self._inner.result(), self._alpha / (self._population or self._count)
         following: dict[str, torch.Tensor] = {}
-        for name, total in self._sums.items():
+        for name, total in self._sum.tensors.items():
             before = self._linear[name].double() if name in self._linear else torch.zeros_like(total)
             following[name] = (before - share * total).float()
         return {**combined, **prefixed(_NEXT, following)}

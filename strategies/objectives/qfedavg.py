@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from protocol.errors import ReplyRejected
 from protocol.tensors import NamedTensors
 from strategies.base import Aggregator, Contribution, Names, ServerHalf, ServerState
+from strategies.mean import UpdateSum, checked_weight
 
 __all__ = ["FairServer"]
 
@@ -52,7 +51,7 @@ class FairServer:
 class _FairAggregator:
     def __init__(self, q: float) -> None:
         self._q = q
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sum = UpdateSum()
         self._normalizer = 0.0
 
     def accumulate(self, contribution: Contribution) -> None:
@@ -62,8 +61,7 @@ class _FairAggregator:
             ValueError: a weight that is not positive and finite.
             ReplyRejected: code `no_loss`, for a site that released none.
         """
-        if not 0 < contribution.weight < float("inf"):
-            raise ValueError(f"weight={contribution.weight} must be positive and finite")
+        weight = checked_weight(contribution.weight)
         released = contribution.metrics.get("training_loss", contribution.metrics.get("noisy_training_loss"))
         if released is None:
             raise ReplyRejected("no_loss", "objective=qfedavg needs a training loss and the site released none")
@@ -71,17 +69,14 @@ class _FairAggregator:
         loss, lipschitz = max(released, 0.0) + _LEAST_LOSS, 1 / rate
         norm = lipschitz**2 * sum(float(tensor.double().square().sum()) for tensor in contribution.update.values())
         factor = loss**self._q
-        for name, tensor in contribution.update.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-            self._sums[name].add_(tensor, alpha=lipschitz * factor * contribution.weight)
-        self._normalizer += contribution.weight * (self._q * loss ** (self._q - 1) * norm + lipschitz * factor)
+        self._sum.add(contribution.update, lipschitz * factor * weight)
+        self._normalizer += weight * (self._q * loss ** (self._q - 1) * norm + lipschitz * factor)
 
     def result(self) -> NamedTensors:
         """Return the combined update as float32."""
         if self._normalizer == 0:
             raise ValueError("there is no mean of no updates")
-        return {name: (total / self._normalizer).float() for name, total in self._sums.items()}
+        return {name: (total / self._normalizer).float() for name, total in self._sum.tensors.items()}
 
     def metrics(self) -> Mapping[str, float]:
         """Return nothing."""

@@ -31,7 +31,8 @@ from strategies.base import (
     ServerHalf,
     ServerState,
 )
-from strategies.objectives.extras import prefixed, verify_copies, without_prefix
+from strategies.extras import prefixed, verify_copies, without_prefix
+from strategies.mean import UpdateSum
 from strategies.objectives.local_steps import effective_steps
 
 __all__ = ["ScaffoldClient", "ScaffoldServer"]
@@ -128,29 +129,27 @@ class ScaffoldServer:
 
 
 class _ScaffoldAggregator:
-    """Sums Δcₖ over the cohort; the memory does not grow with it."""
+    """Sums Δcₖ over the cohort."""
 
     def __init__(self, inner: Aggregator, common: NamedTensors, population: float | None) -> None:
         self._inner, self._common, self._population = inner, common, population
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sum = UpdateSum()
         self._count = 0
 
     def accumulate(self, contribution: Contribution) -> None:
         """Fold one contribution."""
         self._inner.accumulate(contribution)
         reach = contribution.learning_rate * contribution.effective_steps
-        for name, tensor in contribution.update.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(tensor.shape, dtype=torch.float64)
-            self._sums[name].add_(tensor, alpha=-1 / reach)
+        self._sum.add(contribution.update, -1 / reach)
         self._count += 1
 
     def result(self) -> NamedTensors:
         """Return the inner result, and (1/N) Σₖ Δcₖ."""
         combined, population = self._inner.result(), self._population or self._count
+        totals = self._sum.tensors
         change = {
-            name: ((total - self._count * _or_zero(self._common, name, self._sums).double()) / population).float()
-            for name, total in self._sums.items()
+            name: ((total - self._count * _or_zero(self._common, name, totals).double()) / population).float()
+            for name, total in totals.items()
         }
         return {**combined, **prefixed(_CHANGE, change)}
 

@@ -7,7 +7,6 @@ updates only, so it is post-processing; a client-level plan needs a sum, and is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import assert_never
@@ -17,6 +16,8 @@ from conf.schema.robust import replies_needed
 from protocol.errors import FederationError
 from protocol.tensors import NamedTensors
 from strategies.base import Aggregator, Contribution, Names, ServerHalf, ServerState
+from strategies.extras import prefixed, without_prefix
+from strategies.mean import checked_weight
 from strategies.robust.centered_clipping import centered_clipping
 from strategies.robust.coordinatewise import coordinate_median, trimmed_mean
 from strategies.robust.fltrust import fltrust
@@ -66,7 +67,7 @@ class RobustServer:
             inner = self.inner.aggregator(adapter, state)
             return NormBoundAggregator(inner, adapter, config.max_norm, products=config.distance == "product")
         prefix = ROOT_PREFIX if isinstance(config, schema.FLTrust) else _LAST_PREFIX
-        reference = {name.removeprefix(prefix): part for name, part in state.tensors.items() if name.startswith(prefix)}
+        reference, _ = without_prefix(prefix, state.tensors)
         return _RobustAggregator(config, adapter, reference or None)
 
     def step(
@@ -74,9 +75,9 @@ class RobustServer:
     ) -> tuple[NamedTensors, ServerState]:
         """Return the inner step; centered clipping keeps the update for the next round."""
         adapter, inner = self.inner.step(adapter, combined, state)
-        kept = {name: tensor for name, tensor in inner.tensors.items() if not name.startswith(ROOT_PREFIX)}
+        _, kept = without_prefix(ROOT_PREFIX, inner.tensors)
         if isinstance(self.config, schema.CenteredClipping):
-            kept |= {_LAST_PREFIX + name: tensor for name, tensor in combined.items()}
+            kept |= prefixed(_LAST_PREFIX, combined)
         return adapter, ServerState(kept, inner.numbers)
 
 
@@ -90,8 +91,7 @@ class _RobustAggregator:
 
     def accumulate(self, contribution: Contribution) -> None:
         """Keep a copy of one update."""
-        if not 0 < contribution.weight < math.inf:
-            raise ValueError(f"weight={contribution.weight} must be positive and finite")
+        checked_weight(contribution.weight)
         self._updates.append({name: tensor.clone() for name, tensor in contribution.update.items()})
         self._starts.append({**self._adapter, **contribution.start})
 

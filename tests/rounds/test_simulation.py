@@ -170,6 +170,7 @@ def test_a_budget_ends_a_site_not_the_run(tmp_path: Path) -> None:
             "privacy.noise_multiplier=0.6",
             "federation.site_epsilon=2.0",
             "federation.min_replies=1",
+            "evaluation.every=0",
         ),
         tmp_path / "budget",
     )

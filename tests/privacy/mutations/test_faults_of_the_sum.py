@@ -12,8 +12,7 @@ import client.site
 import client.training
 import privacy.plan
 from client.units import Units
-from finetuning.batches import IGNORED, TokenizedRows
-from finetuning.tasks.build import build_objective
+from finetuning.batches import TokenizedRows
 from privacy.doctor.diagnosis import diagnose, exit_code
 from privacy.doctor.subject import Subject
 from privacy.plan import PrivacyPlan
@@ -129,20 +128,11 @@ def test_no_clipping(plant: Plant, catches: Catches) -> None:
 
 
 @pytest.mark.fault("loss normalized over the batch")
-def test_loss_normalized_over_the_batch(plant: Plant, catches: Catches) -> None:
+def test_loss_normalized_over_the_batch(
+    plant: Plant, catches: Catches, coupled_objective: Callable[[Any], Any]
+) -> None:
     """Each loss is divided by the tokens of the whole micro-batch, as `labels=` of transformers does it."""
-
-    def coupled(task: Any) -> Any:
-        objective = build_objective(task)
-
-        class Coupled(type(objective)):
-            def losses(self, network: Any, batch: Any) -> torch.Tensor:
-                tokens = (batch.targets[:, 1:] != IGNORED).sum(dim=1)
-                return objective.losses(network, batch) * tokens * batch.size / tokens.sum()
-
-        return Coupled()
-
-    plant("build_objective", coupled)
+    plant("build_objective", coupled_objective)
     # The dry run would refuse it (tests/unit/client/test_dry_run_before_spending.py); here the doctor has to see it.
     plant("way_of_gradients", lambda *_: "native")
     catches(12)

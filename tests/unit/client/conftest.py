@@ -1,6 +1,7 @@
 """A small site on the embedded base, and instructions for it."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., Experiment]:
+    @cache  # composing takes longer than most of what is asked of a site, and the same few experiments are asked for
     def make(*overrides: str, private: bool = True) -> Experiment:
         return compose_experiment([*SMALL, "privacy.insecure_seed=5" if private else "privacy=none", *overrides])
 

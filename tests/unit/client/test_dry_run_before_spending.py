@@ -12,9 +12,7 @@ import torch
 import client.training
 from client.rounds import answer
 from finetuning.adapters import attach
-from finetuning.batches import IGNORED
 from finetuning.models import load_base
-from finetuning.tasks.build import build_objective
 from protocol.errors import ModelError, PrivacyError
 from protocol.instructions import client_plan
 
@@ -76,21 +74,10 @@ def test_refused_before_anything_is_booked(make_site: Make, small: Make, instruc
 
 
 def test_losses_that_couple_examples_are_refused(
-    make_site: Make, small: Make, instruct: Make, monkeypatch: pytest.MonkeyPatch
+    make_site: Make, small: Make, instruct: Make, coupled_objective: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `labels=` of transformers does: the mean over the tokens of the whole batch."""
-
-    def coupled(task: Any) -> Any:
-        objective = build_objective(task)
-
-        class Coupled(type(objective)):
-            def losses(self, network: Any, batch: Any) -> torch.Tensor:
-                tokens = (batch.targets[:, 1:] != IGNORED).sum(dim=1)
-                return objective.losses(network, batch) * tokens * batch.size / tokens.sum()
-
-        return Coupled()
-
-    monkeypatch.setattr(client.training, "build_objective", coupled)
+    monkeypatch.setattr(client.training, "build_objective", coupled_objective)
     experiment = small()
     with pytest.raises(PrivacyError, match=r"^an example's gradient depends on what it is batched with"):
         make_site(experiment).handle(instruct(experiment))

@@ -38,6 +38,20 @@ def asked(instruct: Make, experiment: Any) -> Instruction:
     return instruct(experiment)
 
 
+@pytest.fixture
+def crashed(site: Site, asked: Instruction, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """A site whose power failed while it trained for `asked`."""
+
+    def crash(*_: Any) -> Trained:
+        raise RuntimeError("power failure")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rounds, "train", crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            site.handle(asked)
+    return site
+
+
 def same(left: Reply, right: Reply) -> bool:
     return all(torch.equal(left.tensors[name], right.tensors[name]) for name in left.tensors)
 
@@ -76,13 +90,9 @@ def test_another_adapter_in_a_round_that_was_answered_is_refused_by_the_ledger_a
 
 
 def test_another_adapter_after_a_crash_is_charged_and_gets_other_noise(
-    site: Site, asked: Instruction, instruct: Make, experiment: Any, monkeypatch: pytest.MonkeyPatch
+    crashed: Site, asked: Instruction, instruct: Make, experiment: Any
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(rounds, "train", crash)
-        with pytest.raises(RuntimeError, match="power failure"):
-            site.handle(asked)
-    assert stated(site.handle(moved(site, asked, instruct, experiment))) == 4
+    assert stated(crashed.handle(moved(crashed, asked, instruct, experiment))) == 4
 
 
 def test_a_site_that_came_out_of_an_old_backup_is_noticed_by_what_the_server_remembers(
@@ -110,15 +120,11 @@ def test_a_site_that_came_out_of_an_old_backup_is_noticed_by_what_the_server_rem
 
 
 def test_a_crash_counts_as_spent_and_its_repetition_is_free(
-    site: Site, asked: Instruction, instruct: Make, experiment: Any, monkeypatch: pytest.MonkeyPatch
+    crashed: Site, asked: Instruction, instruct: Make, experiment: Any
 ) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(rounds, "train", crash)
-        with pytest.raises(RuntimeError, match="power failure"):
-            site.handle(asked)
-    assert site.state.spent() > 0
-    assert stated(site.handle(asked)) == 2
-    assert stated(site.handle(instruct(experiment, round_number=2))) == 4
+    assert crashed.state.spent() > 0
+    assert stated(crashed.handle(asked)) == 2
+    assert stated(crashed.handle(instruct(experiment, round_number=2))) == 4
 
 
 def test_other_bits_for_the_same_question_are_thrown_away_and_charged(
@@ -139,7 +145,3 @@ def test_other_bits_for_the_same_question_are_thrown_away_and_charged(
     assert stated(again) == 4
     name = next(iter(once.tensors))
     assert (once.tensors[name] - again.tensors[name]).abs().max() > 1e-4, "independent noise, not the same noise again"
-
-
-def crash(*_: Any) -> Trained:
-    raise RuntimeError("power failure")

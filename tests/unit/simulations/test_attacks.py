@@ -8,12 +8,12 @@ import torch
 from conf.schema.data import LabelledColumns, PromptCompletionColumns, TextColumns
 from protocol.errors import ConfigError, DataError
 from simulations.attacks import ATTACKS, TARGET, TRIGGER, attack_named, triggered
+from simulations.study_lines import LineFile
 from simulations.study_robustness import (
     Cell,
     Result,
     cells_of,
     plot_results,
-    read_results,
     run_robustness,
     study_experiment,
 )
@@ -127,7 +127,8 @@ def test_a_study_runs_its_cells_goes_on_where_it_stopped_and_says_what_was_refus
     assert results[0].quality != results[1].quality
     assert results[2].quality is None
     assert "robust=bulyan needs 7 replies in a round" in results[2].refused
-    assert read_results(tmp_path / "results.csv") == results
+    stored = LineFile(tmp_path / "results.csv", Result).read()
+    assert stored == results
     other = study_experiment([*TINY, "seed=1"])
-    assert not [each for each in read_results(tmp_path / "results.csv") if each.digest == other.digest]
+    assert not [each for each in stored if each.digest == other.digest]
     assert plot_results(results, tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

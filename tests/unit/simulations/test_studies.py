@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import ConfigError
-from simulations.study_cells import Labels, Line, expected_seconds, results_of, run_cells
+from simulations.study_cells import Labels, Line, expected_seconds, run_cells
 from simulations.study_grids import (
     Grid,
     bits_cells,
@@ -39,6 +39,10 @@ LINE = Line(
     metric="perplexity", base=9.0, quality=4.0, bytes_up=1e6, bytes_down=3e6, values=500_000, updates=4,
     records=100.0, seconds=10.0, groups='{"north": 3.0, "south": 5.0}', digest="d",
 )  # fmt: skip
+
+
+def results_of(path: Path) -> list[Line]:
+    return LineFile(path / "results.csv", Line).read()
 
 
 class Stopped(Exception):

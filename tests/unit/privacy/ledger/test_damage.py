@@ -15,7 +15,7 @@ from privacy.identity import DataIdentity, identify
 from privacy.ledger import Booking, Budget, Ledger, SigningKey
 from privacy.ledger.chain import Entry, seal
 from privacy.ledger.journal import Journal
-from privacy.ledger.store import Snapshot, Store
+from privacy.ledger.store import Snapshot, read_snapshot
 from privacy.ledger.verification import structural_problems, verify
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import CloisterError, PrivacyError
@@ -24,14 +24,6 @@ STEP = SubsampledGaussian(0.05, 1.0, 10)
 RECORDED = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def read(path: Path) -> Snapshot:
-    store = Store(path, read_only=True)
-    try:
-        return store.snapshot()
-    finally:
-        store.close()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, key: SigningKey) -> Path:
 def never_holds_for_other_facts(path: Path, key: SigningKey, truth: Snapshot) -> bool:
     """Return whether the damaged ledger is still taken for whole; then it must say what it said before."""
     try:
-        found = read(path)
+        found = read_snapshot(path)
         structural_problems(found, key=None)
         holds = verify(found, key.verifying).holds
     except CloisterError:
@@ -70,13 +62,13 @@ def test_flipped_bytes(whole: Path, key: SigningKey, tmp_path: Path, data: st.Da
         content[place] ^= data.draw(st.integers(1, 255))
     damaged = tmp_path / "ledger.db"
     damaged.write_bytes(content)
-    never_holds_for_other_facts(damaged, key, read(whole))
+    never_holds_for_other_facts(damaged, key, read_snapshot(whole))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 4096, 5000, -1, -4096])
 def test_a_truncated_file(whole: Path, key: SigningKey, tmp_path: Path, kept: int) -> None:
     (tmp_path / "ledger.db").write_bytes(whole.read_bytes()[:kept])
-    assert not never_holds_for_other_facts(tmp_path / "ledger.db", key, read(whole))
+    assert not never_holds_for_other_facts(tmp_path / "ledger.db", key, read_snapshot(whole))
 
 
 CELLS = st.one_of(
@@ -108,7 +100,7 @@ def test_other_values_in_cells(whole: Path, key: SigningKey, tmp_path: Path, tab
         connection.rollback()
     finally:
         connection.close()
-    never_holds_for_other_facts(damaged, key, read(whole))
+    never_holds_for_other_facts(damaged, key, read_snapshot(whole))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +122,7 @@ def test_what_cannot_be_read_is_said_and_what_to_do(whole: Path, tmp_path: Path,
     connection.commit()
     connection.close()
     with pytest.raises(PrivacyError, match=f"{text}.*"):
-        read(path)
+        read_snapshot(path)
 
 
 def test_a_damaged_page_is_named_as_damage(whole: Path, tmp_path: Path) -> None:
@@ -138,7 +130,7 @@ def test_a_damaged_page_is_named_as_damage(whole: Path, tmp_path: Path) -> None:
     content[4096 : 2 * 4096] = b"\x07" * 4096
     (tmp_path / "ledger.db").write_bytes(content)
     with pytest.raises(PrivacyError, match=r"is damaged.* restore a backup"):
-        read(tmp_path / "ledger.db")
+        read_snapshot(tmp_path / "ledger.db")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +149,7 @@ def test_a_signed_entry_that_says_too_little_is_named(
     """No release writes one; whoever holds the key might."""
     from datetime import datetime
 
-    snapshot = read(whole)
+    snapshot = read_snapshot(whole)
     chain: list[Entry] = []
     for entry in snapshot.entries:
         content = entry.content | (changes if entry.sequence == 3 else {})
@@ -199,9 +191,9 @@ def test_a_read_only_copy_in_a_read_only_folder(whole: Path, key: SigningKey, sh
     copy.write_bytes(whole.read_bytes())
     copy.chmod(0o444)
     shown.chmod(0o555)
-    found = as_nobody(lambda: read(copy))
+    found = as_nobody(lambda: read_snapshot(copy))
     assert verify(found, key.verifying).holds
-    assert found == read(whole)
+    assert found == read_snapshot(whole)
     assert [path.name for path in shown.iterdir()] == ["ledger.db"]
 
 
@@ -213,13 +205,13 @@ def test_what_may_not_be_read_is_an_error_and_no_traceback(whole: Path, shown: P
     (shown / "ledger.db").chmod(0o600)
     for path in (shown / "closed" / "ledger.db", shown / "ledger.db"):
         with pytest.raises(PrivacyError, match=r"the ledger at .* cannot be opened: "):
-            as_nobody(lambda path=path: read(path))
+            as_nobody(lambda path=path: read_snapshot(path))
 
 
 def test_reading_changes_no_byte_and_leaves_nothing(whole: Path, tmp_path: Path) -> None:
     copy = tmp_path / "ledger.db"
     copy.write_bytes(whole.read_bytes())
-    assert read(copy) == read(whole)
+    assert read_snapshot(copy) == read_snapshot(whole)
     assert copy.read_bytes() == whole.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["ledger.db"]
 
@@ -233,7 +225,7 @@ def test_what_a_writer_has_not_yet_moved_into_the_file_is_read(
     holder.execute("SELECT * FROM entries").fetchone()
     ledger.reserve(booking(1))
     assert path.with_name("ledger.db-wal").stat().st_size
-    assert [entry.kind for entry in read(path).entries] == ["budget", "schedule", "reserve"]
+    assert [entry.kind for entry in read_snapshot(path).entries] == ["budget", "schedule", "reserve"]
     holder.close()
 
 
@@ -281,6 +273,6 @@ def test_a_ledger_of_version_1_is_read_and_gone_on_with(
 
     assert after == pytest.approx(RenyiFilter(3.0, 1e-5).epsilon_of([STEP, quiet]))
     assert after != pytest.approx(RenyiFilter(3.0, 1e-5, STEP).epsilon_of([STEP, quiet]))
-    found = read(path)
+    found = read_snapshot(path)
     assert {entry.schema_version for entry in found.entries} == {1, 2}
     assert verify(found, key.verifying).problems == ()

@@ -13,21 +13,13 @@ from privacy.filter import RenyiFilter
 from privacy.ledger import SigningKey
 from privacy.ledger.chain import SCHEMA_VERSION, Entry, first_fault, seal
 from privacy.ledger.recompute import Recomputation, renyi_cost
-from privacy.ledger.store import Snapshot, Store
+from privacy.ledger.store import Snapshot, read_snapshot
 from privacy.ledger.summary import summarize
 from privacy.ledger.verification import verify
 from privacy.mechanisms import SubsampledGaussian, Truncation
 from privacy.renyi import order_costs
 
 STEP = SubsampledGaussian(0.05, 1.0, 10)
-
-
-def read(path: Path) -> Snapshot:
-    store = Store(path, read_only=True)
-    try:
-        return store.snapshot()
-    finally:
-        store.close()
 
 
 @pytest.fixture
@@ -43,13 +35,13 @@ def kept(open_ledger, booking, people, path) -> Path:
 def first_problem(path: Path, key: SigningKey, statement: str, *parameters: object) -> str:
     with sqlite3.connect(path) as connection:
         connection.execute(statement, parameters)
-    found = verify(read(path), key.verifying)
+    found = verify(read_snapshot(path), key.verifying)
     assert not found.holds
     return found.problems[0].text
 
 
 def test_an_untouched_ledger_holds_and_every_figure_is_recomputed(kept, key) -> None:
-    found = verify(read(kept), key.verifying)
+    found = verify(read_snapshot(kept), key.verifying)
     assert found.problems == ()
     assert found.entries == 8
     assert [(figure.sequence, figure.rule) for figure in found.figures] == [
@@ -80,7 +72,7 @@ def test_an_untouched_ledger_holds_and_every_figure_is_recomputed(kept, key) -> 
 )
 def test_every_kind_of_mechanism_can_be_recomputed(open_ledger, booking, path, key, mechanism) -> None:
     open_ledger().reserve(booking(1, mechanism=mechanism))
-    assert verify(read(path), key.verifying).problems == ()
+    assert verify(read_snapshot(path), key.verifying).problems == ()
 
 
 @pytest.mark.parametrize("column", [name for name in Entry.__dataclass_fields__ if name != "sequence"])
@@ -92,7 +84,7 @@ def test_an_entry_altered_in_any_column_is_named(kept, key, column: str) -> None
 
 def test_an_altered_number_is_named_even_if_its_hash_is_mended(kept, key) -> None:
     """Whoever mends the hash cannot mend the signature."""
-    entry = read(kept).entries[4]
+    entry = read_snapshot(kept).entries[4]
     forged = replace(entry, payload=entry.payload.replace('"steps":10', '"steps":1'))
     assert forged.payload != entry.payload
     statement = "UPDATE entries SET payload = ?, hash = ? WHERE sequence = 5"
@@ -125,7 +117,7 @@ def test_entries_that_changed_places_are_named(kept, key) -> None:
 
 def test_an_inserted_entry_is_named(kept, key) -> None:
     """Also one with a true signature, such as a copy from another ledger of the same site."""
-    entries = read(kept).entries
+    entries = read_snapshot(kept).entries
     content = entries[3].content | {"output_digest": "another"}
     copied = seal(key, entries[2], "commit", _date(entries[0]), entries[2].fingerprint, content)
     with sqlite3.connect(kept) as connection:
@@ -137,7 +129,7 @@ def test_an_inserted_entry_is_named(kept, key) -> None:
 
 def test_a_ledger_written_anew_with_another_key_is_refused(kept, key) -> None:
     other, chain = SigningKey.generate(), []
-    for entry in read(kept).entries:
+    for entry in read_snapshot(kept).entries:
         chain.append(
             seal(other, chain[-1] if chain else None, entry.kind, _date(entry), entry.fingerprint, entry.content)  # type: ignore[arg-type]
         )
@@ -154,22 +146,22 @@ def test_a_ledger_written_anew_with_another_key_is_refused(kept, key) -> None:
 
 def test_a_version_of_the_future_is_not_guessed_at(key, kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("privacy.ledger.chain.READABLE_VERSIONS", (1, SCHEMA_VERSION + 1))
-    problem = verify(read(kept), key.verifying).problems[0].text
+    problem = verify(read_snapshot(kept), key.verifying).problems[0].text
     assert problem.startswith(
         f"entry 1 has schema version {SCHEMA_VERSION}, this release reads 1 and {SCHEMA_VERSION + 1}; install"
     )
 
 
 def test_a_cut_tail_shows_against_a_noted_head(kept, key, tmp_path) -> None:
-    head = read(kept).entries[-1].hash
+    head = read_snapshot(kept).entries[-1].hash
     shutil.copy(kept, tmp_path / "copy.db")
     with sqlite3.connect(kept) as connection:
         connection.execute("DELETE FROM entries WHERE sequence > 5")
         connection.execute("DELETE FROM data_sets WHERE fingerprint NOT IN (SELECT fingerprint FROM entries)")
-    assert verify(read(kept), key.verifying).holds  # what the documentation says cannot be noticed
-    problem = verify(read(kept), key.verifying, head=head[:12]).problems[0].text
+    assert verify(read_snapshot(kept), key.verifying).holds  # what the documentation says cannot be noticed
+    problem = verify(read_snapshot(kept), key.verifying, head=head[:12]).problems[0].text
     assert problem.startswith(f"no entry has the hash {head[:12]} that was noted: entries were cut off at the end")
-    assert verify(read(tmp_path / "copy.db"), key.verifying, head=head).holds
+    assert verify(read_snapshot(tmp_path / "copy.db"), key.verifying, head=head).holds
 
 
 def test_a_cut_tail_shows_by_the_data_set_it_leaves_behind(kept, key) -> None:
@@ -179,7 +171,7 @@ def test_a_cut_tail_shows_by_the_data_set_it_leaves_behind(kept, key) -> None:
 
 def test_units_cannot_be_taken_out_of_a_data_set(kept, key) -> None:
     """Without them another data set with the same people would look unspent."""
-    second = read(kept).entries[7].fingerprint
+    second = read_snapshot(kept).entries[7].fingerprint
     with sqlite3.connect(kept) as connection:
         connection.execute("UPDATE data_sets SET units = substr(units, 17) WHERE fingerprint = ?", (second,))
     assert first_problem(kept, key, "SELECT 1").startswith(f"the units of data set {second[:12]} were altered")
@@ -204,7 +196,7 @@ def rewritten(snapshot: Snapshot, key: SigningKey, number: int, **changes: objec
 
 
 def test_a_wrong_figure_is_found_though_the_site_signed_it(kept, key) -> None:
-    snapshot = read(kept)
+    snapshot = read_snapshot(kept)
     for number, stated in ((5, 0.5), (5, 9.0), (8, 0.5)):
         problem = verify(rewritten(snapshot, key, number, epsilon_after=stated), key.verifying).problems[0]
         assert problem.sequence == number
@@ -214,7 +206,7 @@ def test_a_wrong_figure_is_found_though_the_site_signed_it(kept, key) -> None:
 def test_a_faulty_accountant_is_found_by_the_others(kept, key, monkeypatch: pytest.MonkeyPatch) -> None:
     from privacy.ledger import admission
 
-    snapshot = read(kept)
+    snapshot = read_snapshot(kept)
     truth = [entry.content.get("epsilon_after") for entry in snapshot.entries]
     for factor, text in ((0.5, "but the true value is at least"), (2.0, "that Rényi DP guarantees")):
         monkeypatch.setattr(admission, "epsilon_of", lambda mechanisms, delta, f=factor: f * true(mechanisms, delta))
@@ -225,21 +217,21 @@ def test_a_faulty_accountant_is_found_by_the_others(kept, key, monkeypatch: pyte
 def test_a_faulty_filter_is_found_by_integration(kept, key, monkeypatch: pytest.MonkeyPatch) -> None:
     real = RenyiFilter.epsilon_of
     monkeypatch.setattr(RenyiFilter, "epsilon_of", lambda self, mechanisms: 0.9 * real(self, mechanisms))
-    snapshot = read(kept)
+    snapshot = read_snapshot(kept)
     wrong = rewritten(snapshot, key, 8, epsilon_after=0.9 * snapshot.entries[7].content["epsilon_after"])
     assert "but the true value is at least" in verify(wrong, key.verifying).problems[0].text
 
 
 def test_a_rule_that_does_not_apply_is_found_though_the_site_signed_it(kept, key) -> None:
     for number, stated, asked in ((5, "filter", "schedule"), (8, "schedule", "filter")):
-        problem = verify(rewritten(read(kept), key, number, rule=stated), key.verifying).problems[0]
+        problem = verify(rewritten(read_snapshot(kept), key, number, rule=stated), key.verifying).problems[0]
         assert problem.text == (
             f"entry {number} was admitted by the rule '{stated}', but what is booked asks for '{asked}'"
         )
 
 
 def test_an_admission_beyond_the_budget_is_found(kept, key) -> None:
-    snapshot = read(kept)
+    snapshot = read_snapshot(kept)
     lower = rewritten(snapshot, key, 1, epsilon=0.2)
     problems = [problem.text for problem in verify(lower, key.verifying).problems]
     assert "entry 3 was admitted under a budget that was not in force" in problems
@@ -249,7 +241,7 @@ def test_an_admission_beyond_the_budget_is_found(kept, key) -> None:
 
 
 def test_commits_are_checked(kept, key) -> None:
-    snapshot = read(kept)
+    snapshot = read_snapshot(kept)
     again = verify(rewritten(snapshot, key, 6, reserve=3), key.verifying).problems[0].text
     assert again == "entry 6 commits entry 3 again, after entry 4"
     nothing = verify(rewritten(snapshot, key, 6, reserve=2), key.verifying).problems[0].text
@@ -257,7 +249,7 @@ def test_commits_are_checked(kept, key) -> None:
 
 
 def test_the_summary_says_who_spent_what(kept) -> None:
-    summary = summarize(read(kept))
+    summary = summarize(read_snapshot(kept))
     first, second = summary.data_sets
     assert first.shares_units_with == (second.fingerprint,)
     assert [(run.run, run.reservations, run.uncommitted, run.steps) for run in first.runs] == [
