@@ -40,9 +40,17 @@ class WeightedMean:
         """Fold one update; its weight is positive and finite."""
         weight = checked_weight(contribution.weight)
         for name, tensor in contribution.update.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
-            add_scaled(corner(self._sums[name], tensor.shape), tensor, weight)
+            self.add(name, tensor, weight)
+        self.count(weight)
+
+    def add(self, name: str, tensor: torch.Tensor, weight: float) -> None:
+        """Fold one tensor of an update; `count` follows when all are folded."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
+        add_scaled(corner(self._sums[name], tensor.shape), tensor, weight)
+
+    def count(self, weight: float) -> None:
+        """Count an update whose tensors were folded."""
         self._weight += weight
 
     def result(self) -> NamedTensors:
