@@ -84,7 +84,7 @@ def run_baselines(
 def _line(member: Member, run: Simulated) -> Baseline:
     final: dict[str, Any] = run.summary["final"]
     value, groups = tuned_quality(final)
-    return Baseline(member.label, final["metric"], value, run.summary["privacy"]["epsilon"], groups)
+    return Baseline(member.label, final["metric"], value, run.summary["privacy"]["epsilon"], dict(groups))
 
 
 def _without_privacy(experiment: Experiment) -> Experiment:
