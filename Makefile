@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := cli client conf finetuning privacy protocol server simulations strategies
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check fuzz bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
@@ -32,6 +32,11 @@ check: $(VENV)/.dev  ## lint, type-check, and check the import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+SECONDS ?= 300
+fuzz: $(VENV)/.dev  ## fuzz what decodes bytes from the network; SECONDS=300 for all targets together
+	$(BIN)/pip install --quiet --editable ".[fuzz]"
+	$(BIN)/python -W ignore tests/fuzz/fuzz.py --seconds $(SECONDS)
 
 bench: $(VENV)/.runtime  ## print the figures of the README, measured here; OPTIONS=--deployment for a deployment's too
 	$(BIN)/python -m simulations.bench $(OPTIONS)

@@ -16,6 +16,7 @@ from conf.schema.experiment import Experiment
 from server.events import (
     Evaluated,
     Event,
+    PersonalEvaluated,
     RoundFinished,
     RoundStarted,
     RunFinished,
@@ -101,6 +102,8 @@ class RoundsDisplay:
                 self._progress.update(self._task, completed=event.round)
             case RunFinished():
                 self._progress.stop()
+            case PersonalEvaluated():
+                pass  # the live display has ended; the outcome's table tells it
 
     def _reply(self, event: SiteReplied) -> None:
         line = self._sites[event.site]
@@ -176,5 +179,8 @@ class PlainLines:
                 )
             case RunFinished():
                 self._print(f"finished in {event.seconds:.1f} s")
+            case PersonalEvaluated():
+                value = quality_text(event.metric, event.value)
+                self._print(f"each site's own model: held-out {event.metric} {value}")
             case RoundStarted():
                 pass

@@ -77,6 +77,8 @@ _TEMPLATE = """\
 name: {name}
 published_records: {published_records}    # public, rounded up; the true count stays a secret
 # published_users: 200        # to take part in user-level runs; needs data.user_column
+# trained_rank: 8             # the most LoRA rank trained here, where the strategy can mix ranks
+# memory_mib: 2048            # the same by memory: of the adapter and its training, beside the base
 model_path: {model}
 task: {{kind: causal_lm}}
 

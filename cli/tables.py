@@ -35,6 +35,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     """Return one line per site and one for the federation: quality before and after, ε, bytes."""
     final = summary["final"]
     metric = final["metric"] if final else "quality"
+    personal: dict[str, Any] = (final or {}).get("personal") or {"value": None, "groups": {}}
     table = Table(title=f"{metric} on held-out records", title_justify="left")
     for heading in ("site", "base", "tuned", "ε", "of", "δ", "sent", "received"):
         # Names fold where the terminal is narrow; a figure that lost its last digit would be another figure.
@@ -46,7 +47,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         table.add_row(
             name,
             quality_text(metric, quality.get("first")),
-            quality_text(metric, quality.get("last")),
+            quality_text(metric, personal["groups"].get(name, quality.get("last"))),
             epsilon_text(privacy.get("epsilon_run") if privacy.get("delta") else None),
             epsilon_text(privacy.get("epsilon_budget")),
             delta_text(privacy.get("delta")),
@@ -59,7 +60,7 @@ def outcome_table(summary: dict[str, Any]) -> Table:
     table.add_row(
         "all" if len(joint) < 2 else f"all, per {first['unit']}",
         quality_text(metric, final["base"] if final else None),
-        quality_text(metric, final["value"] if final else None),
+        quality_text(metric, _tuned(final)),
         epsilon_text(first["epsilon"]),
         "",
         delta_text(first["delta"]),
@@ -73,8 +74,15 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         )
     table.caption = "ε of all: " + "; ".join(_SCOPE[part["unit"] == "site"] for part in joint or [first])
     table.caption += person_text(joint or [first])
+    if personal["groups"]:
+        table.caption += "\ntuned: each site's own model, the shared part and what that site keeps"
     table.caption_justify = "left"
     return table
+
+
+def _tuned(final: dict[str, Any] | None) -> float | None:
+    """Return the quality of what sites use: their own models, where they keep a part of them."""
+    return None if final is None else (final.get("personal") or final)["value"]
 
 
 def person_text(joint: Sequence[dict[str, Any]]) -> str:
@@ -99,7 +107,7 @@ def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table
             " ".join(override for override in job if override not in shared),
             final["metric"],
             quality_text(final["metric"], final["base"]),
-            quality_text(final["metric"], final["value"]),
+            quality_text(final["metric"], _tuned(final)),
             epsilon_text(summary["privacy"]["epsilon"]),
             byte_text(summary["bytes"]["up"]),
             f"{summary['seconds']['total']:.1f}",

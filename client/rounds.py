@@ -197,7 +197,7 @@ def _check_rank(plan: ClientPlan, adapted: AdaptedModel, strategy: Strategy) -> 
     if adapted.config.rank < plan.peft.rank and not strategy.takes_ranks:
         raise SiteRefusal(
             "rank_above_limit",
-            f"the plan's rank {plan.peft.rank} is above this site's trained_rank={adapted.config.rank}, and "
+            f"the plan's rank {plan.peft.rank} is above {adapted.config.rank}, the most that this site trains, and "
             f"strategy={plan.strategy.kind} cannot combine different ranks",
         )
 

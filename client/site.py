@@ -22,6 +22,7 @@ from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
 from protocol.errors import DataError, SiteRefusal
@@ -56,14 +57,27 @@ class Site:
         """The site's files, created when first needed."""
         return SiteState(self.file)
 
+    @cached_property
+    def trained_rank(self) -> int | None:
+        """The most LoRA rank that this site trains, by its file or by its memory; 0 where nothing fits, None: any.
+
+        Raises:
+            ModelError: the memory is limited, and the base is not there to say what an adapter of it takes.
+        """
+        most, memory = self.file.trained_rank, self._memory
+        if memory is None:
+            return most
+        fitting = rank_that_fits(self.file.model_path, self.file.task, memory)
+        return fitting if most is None else min(most, fitting)
+
     def card(self) -> SiteCard:
-        """Return what the site says of itself."""
-        file = self.file
+        """Return what the site says of itself. Where not even rank 1 fits it says 1, and refuses every round."""
+        file, rank = self.file, self.trained_rank
         return SiteCard(
             cloister_version=version("cloister"),
             site=file.name,
             published_records=file.published_records,
-            trained_rank=file.trained_rank,
+            trained_rank=None if rank is None else max(rank, 1),
         )
 
     def handle(self, instruction: Instruction) -> Reply:
@@ -99,12 +113,26 @@ class Site:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
         model = plan.model.model_copy(update={"path": self.file.model_path, "revision": None})
         base = load_base(model, self.file.task, self.file.runtime.device)
-        rank = plan.strategy.rank_within(plan.peft.rank, self.file.trained_rank)
+        rank = plan.strategy.rank_within(plan.peft.rank, self.trained_rank)
         if rank == 0:
-            raise SiteRefusal(
-                "rank_above_limit", f"not even a part of the plan fits trained_rank={self.file.trained_rank}"
-            )
-        return attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
+            limits = f"trained_rank={self.file.trained_rank} and memory_mib={self.file.memory_mib}"
+            raise SiteRefusal("rank_above_limit", f"not even a part of the plan fits {limits}")
+        adapted = attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
+        if self._memory is not None:
+            # A plan may put LoRA on more than the linear layers that the rank was chosen for.
+            values = sum(parameter.numel() for parameter in adapted.parameters.values())
+            if examples_that_fit(values, values, self._memory) == 0:
+                raise SiteRefusal(
+                    "rank_above_limit",
+                    f"the plan's adapter has {values} values at rank {rank}, too many for memory_mib="
+                    f"{self.file.memory_mib}",
+                )
+        return adapted
+
+    @property
+    def _memory(self) -> int | None:
+        """Bytes."""
+        return None if self.file.memory_mib is None else self.file.memory_mib << 20
 
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         if self._tokenized is None:

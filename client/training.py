@@ -18,6 +18,7 @@ from conf.schema.task import Classification, Task
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
+from finetuning.memory import examples_that_fit
 from finetuning.tasks.build import build_objective
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
@@ -131,6 +132,7 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             unit_weighting=asked.user_gradient if isinstance(asked, UserLevel) else "sum",
             seed=_dropout_seed(stream),
             micro_batch_tokens=runtime.micro_batch_tokens,
+            max_units=_most_units(job),
             static_shapes=runtime.static_shapes,
             gradient_checkpointing=runtime.gradient_checkpointing,
             learning_rate_factor=job.training.learning_rate_factor(job.header.round, plan.rounds),
@@ -181,6 +183,15 @@ def round_rule(
     classes = len(task.labels) if isinstance(task, Classification) else None
     way = way_of_gradients(privacy, asked, adapted, trained, build_objective(task), runtime, classes)
     return gradient_rule(privacy, way, adapted.network, trained, stream, without_rule=asked.without_rule)
+
+
+def _most_units(job: TrainingJob) -> int | None:
+    """Return how many units' gradients fit into the site's memory at once; None where it sets no limit."""
+    if job.file.memory_mib is None or not job.privacy.is_private:
+        return None
+    sizes = {name: parameter.numel() for name, parameter in job.adapted.parameters.items()}
+    trained = sum(sizes[name] for name in job.trained_names)
+    return max(1, examples_that_fit(sum(sizes.values()), trained, job.file.memory_mib << 20))
 
 
 def _fingerprint(examples: Sequence[Example], units: Units) -> str:

@@ -13,7 +13,8 @@ from protocol.codecs.build import build_codec, has_error_feedback
 from protocol.codecs.feedback import compensated, residual
 from protocol.errors import PrivacyError, SiteRefusal
 from protocol.instructions import Instruction, InstructionHeader
-from protocol.tensors import NamedTensors, add, digest, layout_of
+from protocol.tensors import NamedTensors, add, corner, digest, layout_of
+from strategies.lora.factors import whole_layout
 
 __all__ = ["outgoing", "received"]
 
@@ -40,7 +41,10 @@ def received(instruction: Instruction, memory: SiteMemory) -> NamedTensors:
     change = {name: tensor for name, tensor in instruction.tensors.items() if name == ENCODED}
     extras = {name: tensor for name, tensor in instruction.tensors.items() if name != ENCODED}
     context = WireContext(plan.run, header.round, "", "down")
-    return add(reference, build_codec(plan.quantization).decode(change, layout_of(reference), context)) | extras
+    # Whatever this site's rank, the change is that of the whole adapter.
+    layout = whole_layout(layout_of(reference), plan.peft.rank, plan.strategy.cores)
+    decoded = build_codec(plan.quantization).decode(change, layout, context)
+    return add(reference, {name: corner(decoded[name], own.shape) for name, own in reference.items()}) | extras
 
 
 def outgoing(

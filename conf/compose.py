@@ -7,6 +7,7 @@ members before composing, then every unknown key, bad value and broken rule by t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -44,8 +45,10 @@ def compose_experiment(overrides: Sequence[str] = ()) -> Experiment:
         InvalidConfiguration: naming each wrong path, its value, its bound and the nearest valid name.
     """
     parsed, problems = _parse(overrides)
-    problems += [problem for override in parsed if (problem := _unknown_group_member(override))]
-    usable = [override for override in parsed if not _unknown_group_member(override)]
+    wrong = {id(override): problem for override in parsed if (problem := _unknown_group_member(override))}
+    wrong |= {id(override): problem for override in parsed if (problem := _beside_its_package(override))}
+    problems += wrong.values()
+    usable = [override for override in parsed if id(override) not in wrong]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIRECTORY)):
             composed = compose("config", overrides=list(_forgiving(usable)))
@@ -122,25 +125,43 @@ def _unknown_group_member(override: Override) -> str | None:
     return f"{override.key_or_group}={choice} does not exist; {known}"
 
 
+def _beside_its_package(override: Override) -> str | None:
+    """Say where the settings of a group are, when they are not below the group's own name."""
+    group, dot, rest = override.key_or_group.partition(".")
+    files = sorted((CONFIG_DIRECTORY / group).glob("*.yaml"))
+    found = re.match(r"# @package (?!_global_)(\S+)", files[0].read_text()) if dot and files else None
+    if found is None:
+        return None
+    line = override.input_line or override.key_or_group
+    value = line.partition("=")[2]
+    return f"{line} is no path: what {group}=NAME chooses is at {found[1]}; use {found[1]}.{rest}={value}"
+
+
 def _forgiving(overrides: Iterable[Override]) -> Iterable[str]:
     """Let every value through to the models, which report all problems at once and name the nearest key.
 
     Hydra alone stops at the first unknown key. A new `kind` starts its node afresh: the keys of the variant that the
-    YAML chose mean nothing to another one.
+    YAML chose mean nothing to another one. Nodes are cleared before anything is set, the outer ones first, so a kind
+    within a node of a new kind is no contradiction, and the order on the command line does not matter.
     """
+    cleared, lines = set[str](), list[str]()
     for override in overrides:
         line = override.input_line or ""
         is_group = (CONFIG_DIRECTORY / override.key_or_group.lstrip("/")).is_dir()
         if is_group or override.is_delete() or override.is_add() or override.is_force_add():
-            yield line
+            lines.append(line)
             continue
         value = override.value()
         parent, _, leaf = override.key_or_group.rpartition(".")
         if leaf == "kind" and parent:
-            yield f"~{parent}"
+            cleared.add(parent)
         elif isinstance(value, Mapping) and "kind" in value:
-            yield f"~{override.key_or_group}"
-        yield f"++{line}"
+            cleared.add(override.key_or_group)
+        lines.append(f"++{line}")
+    for node in sorted(cleared, key=lambda path: path.count(".")):
+        yield f"++{node}={{}}"  # Hydra deletes nothing that is not there
+        yield f"~{node}"
+    yield from lines
 
 
 def _without_blanks(tree: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -60,6 +60,7 @@ def train_locally(
     micro_batch_tokens: int,
     units: Sequence[Sequence[int]] | None = None,
     unit_weighting: Literal["mean", "sum"] = "mean",
+    max_units: int | None = None,
     static_shapes: bool = False,
     gradient_checkpointing: bool = False,
     learning_rate_factor: float = 1.0,
@@ -79,6 +80,7 @@ def train_locally(
         micro_batch_tokens: padded tokens per forward pass; changes memory and speed, not the result.
         units: the positions of each unit's records; what is drawn, and protected, as one. None: each record alone.
         unit_weighting: whether a unit's loss is the mean or the sum over its records.
+        max_units: bound on the units of a micro-batch, or None; changes memory and speed, not the result.
         static_shapes: pad every micro-batch to one shape with rows that add nothing; the result is the same.
         gradient_checkpointing: recompute activations instead of keeping them; the result is the same.
         learning_rate_factor: multiplies the optimizer's learning rate.
@@ -93,7 +95,7 @@ def train_locally(
         units,
         adapted.base.pad_token_id,
         max_tokens=micro_batch_tokens,
-        max_units=gradients.max_micro_batch,
+        max_units=min((most for most in (gradients.max_micro_batch, max_units) if most is not None), default=None),
         mean=unit_weighting == "mean",
         static_shapes=static_shapes,
     )

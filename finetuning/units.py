@@ -82,7 +82,8 @@ class MicroBatches:
         if static_shapes and examples:
             length = max(len(example) for example in examples)
             largest = max((len(unit) for unit in units), default=1)
-            rows = largest if max_units is not None else max(max_tokens // length, largest)
+            fitting = max_tokens // length
+            rows = max(fitting if max_units is None else min(fitting, max_units), largest)
             shape, max_tokens = (rows, length), rows * length
         return cls(examples, units, pad_token_id, max_tokens, max_units, mean, shape)
 

@@ -100,7 +100,8 @@ REFUSALS: Mapping[str, Refusal] = {
     ),
     "rank_above_limit": Refusal(
         "the plan's LoRA rank is above what this site trains, and the strategy cannot combine different ranks",
-        "server: a strategy that takes ranks (docs/strategies.md), or a smaller `peft.rank`; site: `trained_rank`",
+        "server: a strategy that takes ranks (docs/strategies.md), or a smaller `peft.rank`; site: `trained_rank`, "
+        "`memory_mib`",
     ),
     "round_out_of_plan": Refusal("the round is beyond the rounds of the plan", "a fault of the server; report it"),
     "outside_hours": Refusal(

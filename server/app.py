@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
@@ -22,6 +22,7 @@ from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from protocol.errors import ConfigError
+from protocol.tensors import NamedTensors
 from server.budget import ServerBooks
 from server.collect import Waiting
 from server.evaluation import build_evaluator
@@ -53,6 +54,8 @@ class Launch:
     """How time passes while replies are awaited; None: as everywhere."""
     pullers: int = 0
     """Threads that wait for replies; 0 where sites are simulated, since their work is done inside the wait."""
+    personal: Callable[[NamedTensors], Mapping[str, NamedTensors]] | None = None
+    """From the final adapter to each simulated site's own model, where the strategy leaves a part at the sites."""
     resume: bool = False
     """Go on with the run in `path`, from its newest checkpoint."""
 
@@ -73,7 +76,7 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
         evaluator = build_evaluator(experiment, launch.heldout)
         expected = launch.expected_sites or experiment.federation.expected_sites
         timeout_s = math.inf if launch.waits_forever else experiment.federation.reply_timeout_s
-        return run_federation(
+        outcome = run_federation(
             grid,
             experiment,
             evaluator,
@@ -84,6 +87,10 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
             pullers=launch.pullers,
             waiting=launch.waiting,
         )
+        found = None if launch.personal is None else evaluator.evaluate_each(launch.personal(outcome.adapter))
+        if found is not None:
+            observe(found)
+        return outcome
 
 
 def _books(launch: Launch) -> ServerBooks | None:

@@ -13,7 +13,7 @@ from protocol.codecs.base import WireContext
 from protocol.codecs.build import build_codec, has_error_feedback, sends_changes
 from protocol.codecs.feedback import compensated, residual
 from protocol.instructions import Instruction
-from protocol.tensors import NamedTensors, add, digest, layout_of, subtract
+from protocol.tensors import NamedTensors, add, byte_count, corner, digest, layout_of, subtract
 
 __all__ = ["ChangeDownlink", "Downlink", "FullDownlink", "Sent", "downlink_for"]
 
@@ -93,7 +93,8 @@ class ChangeDownlink:
 
     All of them start from one adapter, the decoded one, and so does the server: its digest is the instruction's. A site
     that lost its state refuses once, and gets everything in the next round. With error feedback, what a change left out
-    is part of the next one.
+    is part of the next one. A site of a lower rank gets the same change and cuts it: what it holds is the cut of what
+    the others hold, bit for bit, which a change of its own, encoded by itself, would not be.
     """
 
     def __init__(self, config: Quantization, run: str) -> None:
@@ -123,11 +124,16 @@ class ChangeDownlink:
         return {**adapter, **self._now}
 
     def shortened(self, full: Instruction) -> Instruction | None:
-        """Return the instruction with the change; None in a first round, and where a site is sent something else."""
-        if self._encoded is None or not all(_same(full.tensors.get(name), value) for name, value in self._now.items()):
+        """Return the instruction with the change; None in a first round, where a site is sent something else, and where
+        the change takes no fewer bytes than a cut of the adapter in float32."""
+        sent = {name: full.tensors[name] for name in self._now if name in full.tensors}
+        if self._encoded is None or len(sent) < len(self._now) or byte_count(self._encoded) >= byte_count(sent):
             return None
-        extras = {name: tensor for name, tensor in full.tensors.items() if name not in self._now}
-        header = full.header.model_copy(update={"reference_digest": digest(self._reference)})
+        if not all(torch.equal(corner(self._now[name], value.shape), value) for name, value in sent.items()):
+            return None
+        reference = {name: corner(self._reference[name], value.shape) for name, value in sent.items()}
+        extras = {name: tensor for name, tensor in full.tensors.items() if name not in sent}
+        header = full.header.model_copy(update={"reference_digest": digest(reference)})
         return replace(full, header=header, tensors={**self._encoded, **extras})
 
     def holds_last(self, site: str) -> bool:
@@ -145,7 +151,3 @@ class ChangeDownlink:
     def restore(self, sent: Sent) -> None:
         """Take the last round's."""
         self._now, self._left, self._confirmed = sent.adapter, sent.left, set(sent.confirmed)
-
-
-def _same(sent: torch.Tensor | None, wanted: torch.Tensor) -> bool:
-    return sent is not None and torch.equal(sent, wanted)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example, tokenize_rows
 from finetuning.datasets import Row, read_rows, split_rows
-from finetuning.evaluation import evaluate_groups
+from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
-from finetuning.tasks.base import TaskObjective
+from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
 from protocol.tensors import NamedTensors
-from server.events import Evaluated
+from server.events import Evaluated, PersonalEvaluated
 from server.root import split_root
 
 __all__ = ["Evaluator", "build_evaluator"]
+
+_ALL = "all"
+"""The one group of records that are not split by site."""
 
 
 class Evaluator:
@@ -69,6 +73,30 @@ class Evaluator:
             {name: self._objective.headline(part) for name, part in parts.items()},
         )
 
+    def evaluate_each(self, adapters: Mapping[str, NamedTensors]) -> PersonalEvaluated | None:
+        """Return the quality of each site's own adapter on the site's held-out examples, or on all of them where they
+        are not split by site; None without any."""
+        parts: dict[str, Quality] = {}
+        for site, adapter in adapters.items():
+            examples = self._groups.get(site, self._groups.get(_ALL))
+            if examples:
+                self._adapted.load(adapter)
+                parts[site] = evaluate(
+                    self._adapted, examples, self._objective, micro_batch_tokens=self._micro_batch_tokens
+                )
+        if not parts:
+            return None
+        headline = self._objective.headline
+        return PersonalEvaluated(
+            self._objective.metric,
+            headline(_sum(parts.values())),
+            {site: headline(part) for site, part in parts.items()},
+        )
+
+
+def _sum(parts: Iterable[Quality]) -> Quality:
+    return reduce(Quality.__add__, parts, Quality())
+
 
 def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None) -> Evaluator:
     """Return the evaluator of an experiment.
@@ -101,7 +129,7 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
     partition = experiment.data.partition
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        name = partition.site_of(row.get(partition.key, "all")) if partition.kind == "natural_key" else "all"
+        name = partition.site_of(row.get(partition.key, _ALL)) if partition.kind == "natural_key" else _ALL
         groups.setdefault(name, []).append(row)
     if partition.kind == "natural_key" and partition.sites is not None:
         wanted = set(map(partition.site_of, partition.sites))

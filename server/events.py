@@ -14,6 +14,7 @@ __all__ = [
     "Evaluated",
     "Event",
     "Observer",
+    "PersonalEvaluated",
     "RoundFinished",
     "RoundStarted",
     "RunFinished",
@@ -114,7 +115,20 @@ class RunFinished:
     kind: Literal["run_finished"] = "run_finished"
 
 
-Event = RunStarted | RunResumed | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished
+@dataclass(frozen=True)
+class PersonalEvaluated:
+    """In a simulation each site's own model, of which it keeps a part, was measured on that site's held-out records."""
+
+    metric: str
+    value: float
+    """Over the records of all sites together."""
+    groups: dict[str, float]
+    kind: Literal["personal_evaluated"] = "personal_evaluated"
+
+
+Event = (
+    RunStarted | RunResumed | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished | PersonalEvaluated
+)
 Observer = Callable[[Event], None]
 
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

@@ -20,6 +20,7 @@ import jinja2
 from conf.schema.experiment import Experiment
 from finetuning.checkpoints import write_atomically
 from server.plots import plots
+from server.summary import tuned_quality
 
 __all__ = ["render_report", "write_report"]
 
@@ -69,6 +70,7 @@ def render_report(summary: Mapping[str, Any], experiment: Experiment) -> str:
         own=next((part for part in summary["privacy"]["joint"] if part["unit"] != "site"), None),
         factor=_factor(summary["privacy"]["epsilon"]),
         insecure=_is_insecure(summary),
+        personal=((summary["final"] or {}).get("personal") or {"groups": {}})["groups"],
         released=_released(rounds),
         rejected=[{"round": item["round"], **reply} for item in rounds for reply in item["rejected"]],
         finished=_finished(rounds),
@@ -83,9 +85,11 @@ def _headline(summary: Mapping[str, Any], experiment: Experiment) -> str:
     if found is None:
         quality = "Quality was not measured on held-out text"
     else:
-        name, value = str(found["metric"]).capitalize(), _measure(found["value"], found["metric"])
+        tuned, _ = tuned_quality(found)
+        name, value = str(found["metric"]).capitalize(), _measure(tuned, found["metric"])
         before = "" if found["base"] is None else f"{_measure(found['base'], found['metric'])} → "
-        quality = f"{name} {before}{value} on held-out text"
+        whose = ", each site's own model" if found.get("personal") else ""
+        quality = f"{name} {before}{value} on held-out text{whose}"
     sentence = f"{quality}; {_privacy_clause(summary)}."
     if summary["status"] == "finished":
         return sentence
@@ -166,7 +170,7 @@ def _facts(summary: Mapping[str, Any], experiment: Experiment) -> list[tuple[str
         ("Time", _seconds(summary["seconds"]["total"] or sum(v or 0.0 for v in summary["seconds"].values()))),
     ]
     if found is not None:
-        facts.insert(2, (f"Last {found['metric']}", _measure(found["value"], found["metric"])))
+        facts.insert(2, (f"Last {found['metric']}", _measure(tuned_quality(found)[0], found["metric"])))
     return facts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
@@ -14,9 +14,18 @@ from privacy.accounting import epsilon_of, epsilon_over_sites
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement
-from server.events import Evaluated, Event, RoundFinished, RoundStarted, RunFinished, RunStarted, SiteReplied
+from server.events import (
+    Evaluated,
+    Event,
+    PersonalEvaluated,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    SiteReplied,
+)
 
-__all__ = ["SUMMARY_VERSION", "summarize"]
+__all__ = ["SUMMARY_VERSION", "summarize", "tuned_quality"]
 
 SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
@@ -225,4 +234,17 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
         "value": last.value,
         "round": last.round,
         "groups": last.groups,
+        "personal": _personal(events),
     }
+
+
+def _personal(events: Sequence[Event]) -> dict[str, Any] | None:
+    found = next((event for event in events if isinstance(event, PersonalEvaluated)), None)
+    return None if found is None else {"value": found.value, "groups": found.groups}
+
+
+def tuned_quality(final: Mapping[str, Any]) -> tuple[float, Mapping[str, float]]:
+    """Return the quality of what sites use after a run, whole and by group, from a summary's `final`: of their own
+    models where they keep a part of them, else of the server's."""
+    found = final.get("personal") or final
+    return found["value"], found["groups"]

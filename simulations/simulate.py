@@ -22,6 +22,7 @@ from server.run_directory import refuse_existing
 from simulations.books import SharedBooks
 from simulations.conditions import DelayedGrid, SimulatedTime
 from simulations.in_process import InProcessGrid
+from simulations.personal import personal_models
 from simulations.population import Population, build_population
 
 __all__ = ["Simulated", "simulate"]
@@ -78,6 +79,7 @@ def simulate(
         len(sites),
         books=None if books is None else books.server,
         waits_forever=in_process,
+        personal=personal_models(experiment, path.name, sites.values()),
         resume=resume,
     )
     if experiment.runtime.kind == "ray":

@@ -11,6 +11,7 @@ from conf.schema.experiment import Experiment
 from conf.schema.federation import AdamW
 from conf.schema.privacy import NoPrivacy
 from server.events import Observer
+from server.summary import tuned_quality
 from simulations.population import Population, build_population
 from simulations.simulate import Simulated, simulate
 
@@ -82,7 +83,8 @@ def run_baselines(
 
 def _line(member: Member, run: Simulated) -> Baseline:
     final: dict[str, Any] = run.summary["final"]
-    return Baseline(member.label, final["metric"], final["value"], run.summary["privacy"]["epsilon"], final["groups"])
+    value, groups = tuned_quality(final)
+    return Baseline(member.label, final["metric"], value, run.summary["privacy"]["epsilon"], dict(groups))
 
 
 def _without_privacy(experiment: Experiment) -> Experiment:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from conf.compose import InvalidConfiguration, compose_experiment, parse_experiment
 from conf.schema.experiment import Experiment
 from protocol.errors import CloisterError
+from server.summary import tuned_quality
 from simulations.simulate import simulate
 from simulations.study_lines import LineFile, work_through
 
@@ -71,9 +72,10 @@ class Cell:
 class Line(Labels):
     """A cell's result.
 
-    `quality` is the headline metric on the held-out records that the server may see, `base` that before training, both
-    None where the cell was refused; bytes are those of all rounds and sites, of tensors and their headers; `groups` is
-    JSON, quality by site where the data came with sites.
+    `quality` is the headline metric on the held-out records that the server may see, of the sites' own models where the
+    strategy leaves a part of them there; `base` is that before training, both None where the cell was refused; bytes
+    are those of all rounds and sites, of tensors and their headers; `groups` is JSON, quality by site where the data
+    came with sites.
     """
 
     metric: str = ""
@@ -198,10 +200,11 @@ def _run(job: _Job) -> Line:
     except CloisterError as error:
         return line(refused=_one_line(error))
     final = summary["final"]
+    quality, groups = tuned_quality(final)
     return line(
         metric=final["metric"],
         base=final["base"],
-        quality=final["value"],
+        quality=quality,
         spent_epsilon=summary["privacy"]["epsilon"],
         bytes_up=summary["bytes"]["up"],
         bytes_down=summary["bytes"]["down"],
@@ -209,7 +212,7 @@ def _run(job: _Job) -> Line:
         updates=sum(len(each["accepted"]) for each in summary["rounds"]),
         records=_records(experiment, len(summary["sites"])),
         seconds=perf_counter() - began,
-        groups=json.dumps(final["groups"], sort_keys=True),
+        groups=json.dumps(groups, sort_keys=True),
     )
 
 

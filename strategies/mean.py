@@ -29,9 +29,13 @@ class UpdateSum:
     def add(self, update: NamedTensors, weight: float = 1.0) -> None:
         """Add weight · update."""
         for name, tensor in update.items():
-            if name not in self.tensors:
-                self.tensors[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
-            add_scaled(corner(self.tensors[name], tensor.shape), tensor, weight)
+            self.add_one(name, tensor, weight)
+
+    def add_one(self, name: str, tensor: torch.Tensor, weight: float) -> None:
+        """Add weight · one tensor of an update."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.zeros(self._adapter.get(name, tensor).shape, dtype=torch.float64)
+        add_scaled(corner(self.tensors[name], tensor.shape), tensor, weight)
 
 
 class WeightedMean:
@@ -55,6 +59,14 @@ class WeightedMean:
         """Fold one update; its weight is positive and finite."""
         weight = checked_weight(contribution.weight)
         self._sum.add(contribution.update, weight)
+        self.count(weight)
+
+    def add(self, name: str, tensor: torch.Tensor, weight: float) -> None:
+        """Fold one tensor of an update; `count` follows when all are folded."""
+        self._sum.add_one(name, tensor, weight)
+
+    def count(self, weight: float) -> None:
+        """Count an update whose tensors were folded."""
         self._weight += weight
 
     def result(self) -> NamedTensors:

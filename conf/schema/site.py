@@ -234,6 +234,13 @@ class SiteFile(Frozen):
         "can combine ranks; what is refused outright is policy.max_rank. null: "
         "whatever a plan asks. The server is told",
     )
+    memory_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="memory for the adapter and its training, beside the base and its activations (which "
+        "runtime.micro_batch_tokens bounds): the largest rank that fits (finetuning/memory.py), or trained_rank where "
+        "that is less, is what this site trains and the server is told. null: not limited",
+    )
     ledger: str | None = Field(
         default=None,
         description="SQLAlchemy URL of the ledger, e.g. postgresql+psycopg://...; null: ledger.db in state_directory",

@@ -44,6 +44,8 @@ class _Averaging(Frozen):
     """Whether what rank r cannot hold is folded into the base."""
     takes_ranks: ClassVar[bool] = False
     """Whether sites may train at lower ranks than the plan's."""
+    personal: ClassVar[bool] = False
+    """Whether a part of every site's model is its own, so that the server's model is nobody's."""
     sends_difference: ClassVar[bool] = True
     """Whether a site sends trained minus received of all that it trains, so that an update tells what its steps did."""
     incomparable: ClassVar[str] = ""
@@ -102,6 +104,7 @@ class FedSALoRA(_Averaging):
     """Share A; every site keeps a B of its own, so there is no global model (Guo et al. 2025, arXiv 2410.01463)."""
 
     kind: Literal["fedsa"] = "fedsa"
+    personal: ClassVar[bool] = True
     sends_difference: ClassVar[bool] = False
     incomparable: ClassVar[str] = "every site has another B, and what its A does depends on it"
 

@@ -45,7 +45,7 @@ _HEADER = struct.Struct("<2sBBQ")
 _MAGIC, _VERSION = b"CQ", 1
 HEADER_BYTES = _HEADER.size
 _LARGEST_SCALE = 1e33
-"""Above what values of at most 1e30 can give; below it no sum of a block leaves float32."""
+"""Above what values of at most 1e30 can give."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from protocol.codecs.base import value_count
+from protocol.errors import ReplyRejected
 from protocol.tensors import Layout, NamedTensors
 
 __all__ = ["LARGEST", "FlatReader", "FlatWriter"]
@@ -54,9 +55,16 @@ class FlatWriter:
         self._filled = 0
 
     def write(self, values: torch.Tensor) -> None:
-        """Take the next values; what goes beyond the layout is padding, and dropped."""
+        """Take the next values; what goes beyond the layout is padding, and dropped.
+
+        Raises:
+            ReplyRejected: code `not_finite`. Scales and codes that are fine one by one can be made to meet in one
+                coordinate of a rotated block, whose sum leaves float32: rotations are public.
+        """
         room = self._values[self._filled : self._filled + values.numel()]
         room.copy_(values.reshape(-1)[: room.numel()])
+        if not bool(torch.isfinite(room).all()):
+            raise ReplyRejected("not_finite", "the payload decodes to NaN, or to values beyond float32")
         self._filled += room.numel()
 
     def tensors(self) -> dict[str, torch.Tensor]:

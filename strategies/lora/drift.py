@@ -1,8 +1,12 @@
 """How far the mean of the factors is from the mean of the products: what averaging A and B apart costs in a round.
 
-Σ pₖ BₖAₖ - B̄Ā = Σ pₖ (Bₖ-B̄)(Aₖ-Ā), a covariance. Its Frobenius norm over that of Σ pₖ BₖAₖ is logged. It is estimated
-from a few random directions Ω, ‖C‖² ≈ ‖CΩ‖²/s (Hutchinson's estimator), because CΩ is a sum over sites: the memory does
-not grow with the cohort, and the work is s multiplications per value of an update.
+Sites move from a common pair, Bₖ = B + ΔBₖ and Aₖ = A + ΔAₖ, so Σ pₖ BₖAₖ - B̄Ā = Σ pₖ ΔBₖΔAₖ - ΔB̄ΔĀ = C, a covariance
+of what they send. ‖C‖ / ‖B̄Ā + C‖ is logged. An exact ‖C‖ needs the products of all pairs of sites, so all factors at
+once; it is estimated from a few random directions Ω, ‖C‖² ≈ ‖CΩ‖²/s (Hutchinson's estimator), because CΩ is a sum
+over sites: two thin products per layer and site, without a copy, in memory that does not grow with the cohort.
+
+It is about what is averaged: where updates are scaled before they are added (a norm bound, a stale reply of a buffer),
+about the scaled moves from the server's adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from protocol.tensors import NamedTensors, corner
 from strategies.base import Contribution
 from strategies.lora.factors import LoraLayer, lora_layers
-from strategies.mean import WeightedMean
+from strategies.mean import WeightedMean, checked_weight
 
 __all__ = ["DRIFT", "Drift", "MeasuredMean", "trained_tensor"]
 
@@ -28,53 +32,62 @@ class Drift:
 
     def __init__(self, adapter: NamedTensors) -> None:
         self._adapter = adapter
-        self._layers = lora_layers(frozenset(adapter))
-        # Public directions, the same for layers of one width: each layer's estimate is unbiased by itself.
+        self.layers = lora_layers(frozenset(adapter))
+        # Public directions, the same for layers of one width: each layer's estimate is unbiased by itself. They are
+        # rows, and so are the products with them: BLAS takes several times as long for thin columns.
         generator = torch.Generator().manual_seed(0)
-        widths = sorted({layer.read(adapter, torch.float32)[1].shape[1] for layer in self._layers})
-        self._directions = {width: torch.randn(width, _DIRECTIONS, generator=generator) for width in widths}
+        widths = sorted({layer.read(adapter, torch.float32)[1].shape[1] for layer in self.layers})
+        self._directions = {width: torch.randn(_DIRECTIONS, width, generator=generator) for width in widths}
         self._products: dict[str, torch.Tensor] = {}
         self._weight = 0.0
 
-    def accumulate(self, contribution: Contribution) -> None:
-        """Fold the product of one site's factors, of the layers where both were trained."""
-        for layer in self._layers:
-            if layer.zero not in contribution.update or layer.random not in contribution.update:
-                continue
-            after = {name: trained_tensor(contribution, self._adapter, name) for name in (layer.zero, layer.random)}
-            left, right = layer.read(after, torch.float32)
-            seen = left @ (right @ self._directions[right.shape[1]])
-            total = self._products.setdefault(layer.module, torch.zeros(seen.shape, dtype=torch.float64))
-            total.add_(seen, alpha=contribution.weight)
-        self._weight += contribution.weight
+    def add(self, layer: LoraLayer, update: NamedTensors, weight: float) -> None:
+        """Fold the product of one site's moves of a layer; `count` follows when all are folded."""
+        left, right = layer.read(update, torch.float32)
+        if layer.module not in self._products:
+            self._products[layer.module] = left.new_zeros(_DIRECTIONS, left.shape[0])
+        self._products[layer.module].addmm_(self._directions[right.shape[1]] @ right.T, left.T, alpha=weight)
 
-    def relative(self, mean: NamedTensors) -> float:
-        """Return ‖Σ pₖ BₖAₖ - B̄Ā‖ / ‖Σ pₖ BₖAₖ‖, given B̄ and Ā; 0 where the products are zero."""
+    def count(self, weight: float) -> None:
+        """Count a site whose layers were folded."""
+        self._weight += weight
+
+    def relative(self, update: NamedTensors) -> float:
+        """Return ‖C‖ / ‖B̄Ā + C‖, given ΔB̄ and ΔĀ; 0 where that product is zero."""
         gap = size = 0.0
-        for layer in self._layers:
+        after = {name: self._adapter[name] + tensor for name, tensor in update.items() if name in self._adapter}
+        for layer in self.layers:
             if layer.module not in self._products:
                 continue
-            product = self._products[layer.module] / self._weight
-            gap += float((product - self._seen(layer, mean)).square().sum())
-            size += float(product.square().sum())
+            missed = self._products[layer.module].double() / self._weight - self._seen(layer, update)
+            gap += float(missed.square().sum())
+            size += float((self._seen(layer, after) + missed).square().sum())
         return math.sqrt(gap / size) if size > 0 else 0.0
 
     def _seen(self, layer: LoraLayer, tensors: NamedTensors) -> torch.Tensor:
         left, right = layer.read(tensors)
-        return left @ (right @ self._directions[right.shape[1]].double())
+        return self._directions[right.shape[1]].double() @ right.T @ left.T
 
 
 class MeasuredMean:
     """The weighted mean, and the drift of the updates that went into it."""
 
     def __init__(self, adapter: NamedTensors) -> None:
-        self._adapter = adapter
         self._mean, self._drift = WeightedMean(adapter), Drift(adapter)
 
     def accumulate(self, contribution: Contribution) -> None:
-        """Fold one update."""
-        self._mean.accumulate(contribution)
-        self._drift.accumulate(contribution)
+        """Fold one update, layer by layer: what was just added up is still in the processor's cache."""
+        weight, left = checked_weight(contribution.weight), dict(contribution.update)
+        for layer in self._drift.layers:
+            # A round may train one factor of a layer alone.
+            if layer.zero in left and layer.random in left:
+                for name in (layer.zero, layer.random):
+                    self._mean.add(name, left.pop(name), weight)
+                self._drift.add(layer, contribution.update, weight)
+        for name, tensor in left.items():
+            self._mean.add(name, tensor, weight)
+        self._mean.count(weight)
+        self._drift.count(weight)
 
     def result(self) -> NamedTensors:
         """Return the mean as float32."""
@@ -82,10 +95,7 @@ class MeasuredMean:
 
     def metrics(self) -> Mapping[str, float]:
         """Return the drift; nothing where no update was folded."""
-        if self._mean.is_empty:
-            return {}
-        update = self._mean.result()
-        return {DRIFT: self._drift.relative({name: self._adapter[name] + update[name] for name in update})}
+        return {} if self._mean.is_empty else {DRIFT: self._drift.relative(self._mean.result())}
 
 
 def trained_tensor(contribution: Contribution, adapter: NamedTensors, name: str) -> torch.Tensor:

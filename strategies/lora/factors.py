@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from protocol.tensors import NamedTensors
+from protocol.tensors import Layout, NamedTensors, TensorShape
 from strategies.base import Names
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "is_zero_factor",
     "lora_layers",
     "no_factors",
+    "whole_layout",
     "without_random_factors",
     "without_zero_factors",
 ]
@@ -81,6 +82,20 @@ def cut(tensors: NamedTensors, rank: int | None) -> dict[str, torch.Tensor]:
             tensor = tensor[:, :rank]
         cuts[name] = tensor.contiguous()
     return cuts
+
+
+def whole_layout(layout: Layout, rank: int, cores: int) -> Layout:
+    """Return the layout that `cut` made `layout` of: factors of `rank`, or `cores` square cores that add up to it."""
+
+    def whole(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        parts = name.split(".")
+        if "lora_core" in parts:
+            return (cores, rank // cores, rank // cores)
+        if "lora_A" in parts or "lora_embedding_A" in parts:
+            return (rank, *shape[1:])
+        return (shape[0], rank) if "lora_B" in parts or "lora_embedding_B" in parts else shape
+
+    return {name: TensorShape(whole(name, each.shape), each.dtype) for name, each in layout.items()}
 
 
 def _rank_of(scale: str, tensors: NamedTensors) -> int:

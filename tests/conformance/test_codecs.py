@@ -206,6 +206,23 @@ def test_a_forged_header_is_rejected(codec: Codec, position: int, value: bytes, 
     assert rejected.value.code == "malformed_payload"
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize("kind", [wire.Eden, wire.UniformEntropy])
+def test_a_spike_at_the_largest_scale_is_not_decoded_to_infinity(kind: type[BaseModel], bits: int) -> None:
+    """Who knows the rotation, and everybody does, can have all codes of a block meet in one coordinate."""
+    codec = build_codec(kind(bits=bits))  # type: ignore[arg-type]
+    spike = {"w": torch.zeros(1 << 14)}
+    spike["w"][0] = 9e29
+    encoded = codec.encode(spike, context(), context().rounding())
+    at = HEADER_BYTES + (0 if kind is wire.Eden else 4)
+    louder = encoded[ENCODED].clone()
+    louder[at : at + 4] = torch.tensor([1e33]).view(torch.uint8)
+    assert bool(torch.isfinite(codec.decode(encoded, layout_of(spike), context())["w"]).all())
+    with pytest.raises(ReplyRejected, match="decodes to NaN, or to values beyond float32") as rejected:
+        codec.decode({ENCODED: louder}, layout_of(spike), context())
+    assert rejected.value.code == "not_finite"
+
+
 @quantized
 def test_another_length_is_rejected(codec: Codec) -> None:
     tensors = tensors_of(LARGE, 0)

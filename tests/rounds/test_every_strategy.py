@@ -1,7 +1,7 @@
 """Every strategy through the real ServerApp and ClientApp: two rounds at two small sites, and the exported adapter."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,12 +10,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conf.compose import compose_experiment, parse_experiment
+from conf.schema.experiment import Experiment
+from conf.schema.site import SiteFile
 from conf.schema.strategy import Strategy
+from conf.schema.task import CausalLM
 from finetuning.batches import collate
 from finetuning.embedded import resolve
+from finetuning.memory import rank_that_fits
 from finetuning.tasks.base import Quality
 from finetuning.tasks.build import build_objective
 from server.evaluation import build_evaluator
+from simulations import population
 from simulations.simulate import Simulated, simulate
 
 KINDS = sorted(variant.model_fields["kind"].default for variant in get_args(get_args(Strategy)[0]))
@@ -59,6 +64,24 @@ def test_sites_of_different_ranks_train_together(kind: str, tmp_path: Path) -> N
     assert sites[1]["bytes"]["up"] < sites[0]["bytes"]["up"]
     assert done.summary["final"]["value"] < done.summary["final"]["base"]
     assert loss_of_export(done) == pytest.approx(final_loss(done.summary), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flexlora", "hetlora"])
+def test_a_site_of_little_memory_trains_what_fits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file says four MiB, its card the rank that this holds, and the server cuts the adapter to it."""
+    made = population.site_file
+
+    def little(experiment: Experiment, name: str, *rest: Any) -> SiteFile:
+        file = made(experiment, name, *rest)
+        return file.model_copy(update={"memory_mib": 4}) if name == "site-2" else file
+
+    monkeypatch.setattr(population, "site_file", little)
+    done = run(tmp_path / "run", f"strategy={kind}", "privacy.insecure_seed=1")
+    plain, scarce = done.summary["sites"]["site-1"], done.summary["sites"]["site-2"]
+    fitting = rank_that_fits("embedded:clinic-base", CausalLM(), 4 << 20)
+    assert 1 <= fitting < 4
+    assert (plain["accepted"], scarce["accepted"]) == (2, 2)
+    assert scarce["bytes"]["up"] == pytest.approx(plain["bytes"]["up"] * fitting / 4, rel=0.3)
 
 
 def test_ranks_mix_under_client_level_privacy(tmp_path: Path) -> None:

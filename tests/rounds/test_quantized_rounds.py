@@ -21,7 +21,7 @@ from privacy.client_release import ClippedSum
 from protocol.codecs.base import ENCODED, WireContext, value_count
 from protocol.codecs.build import build_codec
 from protocol.instructions import Instruction, Reply
-from protocol.tensors import layout_of
+from protocol.tensors import corner, layout_of
 from server.app import Launch, serve
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
@@ -148,6 +148,25 @@ def test_changes_go_down_to_sites_that_hold_the_last_adapter(tmp_path: Path) -> 
     # change takes four bits, and is one tensor.
     entries = 100 * len(run.sites["harbor"].asked[0].tensors)
     assert down[-1] - down[0] == pytest.approx(values * 3 / 8 - entries, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks"), [("ffa_lora", "[8,4]"), ("fedsb", "[8,4]"), ("ravan", "[8,2]"), ("ffa_lora", "[8,1]")]
+)
+def test_changes_go_down_to_sites_of_lower_ranks(strategy: str, ranks: str, tmp_path: Path) -> None:
+    """They cut what all are sent, and start from the cut of the one adapter; where 4 bits of the whole are more than
+    32 of the cut, the cut is sent."""
+    chosen = (f"strategy={strategy}", f"federation.site_ranks={ranks}", "peft.rank=8")
+    run = Run(tmp_path, "quantization=eden", "quantization.downlink=same", "federation.rounds=3", *chosen)
+    assert all(event["accepted"] for event in run.events if "bytes_up" in event)
+    strong, weak = ([set(each.tensors) == {ENCODED} for each in site.asked] for site in run.sites.values())
+    assert strong == [False, True, True]
+    assert weak == ([False] * 3 if ranks == "[8,1]" else strong)
+    held = [
+        load_tensors(next((tmp_path / "sites" / name).glob("**/references/*/000003.safetensors")))[0] for name in SITES
+    ]
+    assert all(torch.equal(corner(held[0][name], part.shape), part) for name, part in held[1].items())
+    assert held[0].keys() == held[1].keys()
 
 
 def forgetful(instruction: Instruction, reply: Reply) -> Reply:

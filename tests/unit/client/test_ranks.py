@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from client.site import Site
+from finetuning.memory import rank_that_fits
 from protocol.errors import SiteRefusal
 from protocol.instructions import client_plan
 
@@ -19,6 +20,41 @@ def limited(site: Site, rank: int) -> Site:
 def test_the_card_tells_the_limit(make_site: Make, small: Make) -> None:
     assert make_site(small()).card().trained_rank is None
     assert limited(make_site(small()), 2).card().trained_rank == 2
+
+
+def with_memory(site: Site, mib: int, **changes: Any) -> Site:
+    return Site(site.file.model_copy(update={"memory_mib": mib, **changes}), rows=site._read, simulated=True)
+
+
+def test_the_card_tells_what_memory_allows(make_site: Make, small: Make) -> None:
+    site = make_site(small())
+    fitting = rank_that_fits(site.file.model_path, site.file.task, 8 << 20)
+    assert 1 < fitting < 64
+    assert with_memory(site, 8).card().trained_rank == fitting
+    assert with_memory(site, 8, trained_rank=1).card().trained_rank == 1, "the smaller of the two"
+    assert with_memory(site, 8, trained_rank=64).card().trained_rank == fitting
+
+
+def test_memory_for_nothing_refuses_before_anything_is_spent(make_site: Make, small: Make, instruct: Make) -> None:
+    experiment = small("strategy=flexlora")
+    site = with_memory(make_site(experiment), 1)
+    assert rank_that_fits(site.file.model_path, site.file.task, 1 << 20) == 0
+    assert site.card().trained_rank == 1, "a card has no lower rank"
+    reply = site.handle(instruct(experiment))
+    assert (reply.header.status, reply.header.code) == ("refused", "rank_above_limit")
+    assert site.state.spent() == 0
+
+
+def test_a_plan_that_adapts_more_than_the_linear_layers_is_measured_itself(
+    make_site: Make, small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card knows the linear layers; an embedding is as large as the vocabulary."""
+    wide = small("strategy=hetlora", "peft.targets=[embed_tokens,down_proj]", "peft.rank=8", private=False)
+    plan, site = client_plan(wide, "run"), make_site(wide)
+    monkeypatch.setattr("client.site.rank_that_fits", lambda *_: 8)
+    assert with_memory(site, 3)._adapted(plan).config.rank == 8
+    with pytest.raises(SiteRefusal, match=r"30464 values at rank 8, too many for memory_mib=1$"):
+        with_memory(site, 1)._adapted(plan)
 
 
 @pytest.mark.parametrize(("strategy", "rank"), [("fedit", 2), ("rolora", 7), ("ravan", 1)])

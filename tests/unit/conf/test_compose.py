@@ -5,6 +5,7 @@ import re
 import pytest
 
 from conf.compose import InvalidConfiguration, compose_experiment, parse_experiment, split_sweep
+from conf.schema.robust import Bucketing
 from conf.schema.rules import warnings_for
 
 
@@ -78,6 +79,29 @@ def test_the_quotes_that_the_message_proposes_work() -> None:
 def test_a_sweep_that_cannot_be_read_names_the_override() -> None:
     with pytest.raises(InvalidConfiguration, match=r"'seed=choice\(1,' cannot be read as an override"):
         split_sweep(["seed=choice(1,", "peft.rank=1,2"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy.robust.kind=median", "strategy.robust.mixing.kind=bucketing", "strategy.robust.mixing.size=3"),
+        ("strategy.robust.mixing.size=3", "strategy.robust.mixing.kind=bucketing", "strategy.robust.kind=median"),
+        ("robust=krum", "strategy.robust.kind=median", "strategy.robust.mixing={kind:bucketing,size:3}"),
+        ("robust=median", "strategy.robust.mixing.kind=bucketing", "strategy.robust.mixing.size=3"),
+    ],
+)
+def test_kinds_nest_whatever_the_order(overrides: tuple[str, ...]) -> None:
+    robust = compose_experiment(["data.partition={kind:iid,sites:10}", *overrides]).strategy.robust
+    assert robust.kind == "median"
+    assert robust.mixing == Bucketing(size=3)
+
+
+def test_a_setting_below_a_groups_name_is_told_its_path() -> None:
+    text = problems("robust.kind=median", "objective.mu=0.1", "robust=median", "strategy.robust.atackers=2")
+    assert "robust.kind=median is no path: what robust=NAME chooses is at strategy.robust" in text
+    assert "use strategy.robust.kind=median" in text
+    assert "use strategy.objective.mu=0.1" in text
+    assert "strategy.robust.atackers is not a known key; did you mean attackers?" in text
 
 
 def test_a_new_kind_starts_its_node_afresh() -> None:

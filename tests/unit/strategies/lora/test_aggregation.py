@@ -10,7 +10,7 @@ import torch
 from conf.schema.federation import LocalTraining
 from protocol.errors import ReplyRejected
 from strategies.base import Contribution, LocalStart
-from strategies.lora.drift import DRIFT
+from strategies.lora.drift import DRIFT, MeasuredMean
 from strategies.lora.factors import cut
 from strategies.lora.fedex import fedex
 from strategies.lora.fedit import fedit
@@ -23,6 +23,7 @@ from strategies.lora.flora import flora
 from strategies.lora.hetlora import hetlora
 from strategies.lora.rolora import rolora
 from strategies.lora.spectral import truncated
+from strategies.objectives.fednova import NormalizedServer
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 OFFSET, RIGHT = "layer.lora_offset_left", "layer.lora_offset_right"
@@ -97,8 +98,6 @@ def test_the_logged_drift_is_fedits_relative_error(
     spread: float, angle: float, federation: Any, error: Callable[..., float]
 ) -> None:
     """Estimated from four directions a layer; over many layers the estimate is as good as the number."""
-    from strategies.lora.drift import MeasuredMean
-
     cases = [federation(spread=spread, angle=angle, seed=seed) for seed in range(16)]
     adapter = {f"{i}.{name}": case.adapter[name] for i, case in enumerate(cases) for name in (A, B)}
     aggregator = MeasuredMean({name: tensor.float() for name, tensor in adapter.items()})
@@ -109,6 +108,46 @@ def test_the_logged_drift_is_fedits_relative_error(
     gaps = [error(case.aggregated(fedit()), case.truth) * float(case.truth.norm()) for case in cases]
     exact = (sum(gap**2 for gap in gaps) / sum(float(case.truth.norm()) ** 2 for case in cases)) ** 0.5
     assert aggregator.metrics()[DRIFT] == pytest.approx(exact, rel=0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["as sent", "stale, halved"])
+def test_the_drift_is_about_the_adapters_that_are_averaged(scale: float, federation: Any) -> None:
+    """A buffered reply started from an older adapter and is scaled; it counts as a move from the server's own."""
+    adapter, cases = _many_layers(federation)
+    plain, late = MeasuredMean(adapter), MeasuredMean(adapter)
+    products = {name: torch.zeros(96, 80, dtype=torch.float64) for name in cases}
+    means = {name: torch.zeros_like(tensor) for name, tensor in adapter.items()}
+    for site in range(10):
+        update = {
+            f"{layer}.{name}": (scale if site % 2 else 1.0) * case.contributions()[site].update[name].float()
+            for layer, case in cases.items()
+            for name in (A, B)
+        }
+        plain.accumulate(Contribution(update, 1.0, adapter))
+        older = {name: tensor - 3 for name, tensor in adapter.items()}
+        late.accumulate(Contribution(update, 1.0, older))
+        after = {name: adapter[name] + update[name] for name in adapter}
+        for layer in cases:
+            products[layer] += after[f"{layer}.{B}"].double() @ after[f"{layer}.{A}"].double() / 10
+        means = {name: means[name] + after[name] / 10 for name in adapter}
+    gap = sum(float((products[n] - (means[f"{n}.{B}"] @ means[f"{n}.{A}"]).double()).square().sum()) for n in cases)
+    exact = (gap / sum(float(each.square().sum()) for each in products.values())) ** 0.5
+    assert late.metrics() == plain.metrics()
+    assert late.metrics()[DRIFT] == pytest.approx(exact, rel=0.1)
+
+
+def _many_layers(federation: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    cases = {str(seed): federation(spread=0.3, angle=0.2, seed=seed) for seed in range(16)}
+    return {f"{layer}.{name}": case.adapter[name].float() for layer, case in cases.items() for name in (A, B)}, cases
+
+
+def test_fednova_logs_no_drift() -> None:
+    """It averages updates per step, which no adapter is made of."""
+    adapter = {A: torch.randn(8, 20), B: torch.randn(30, 8)}
+    for wrapped, logged in ((NormalizedServer(fedit().server), {}), (fedit().server, {DRIFT: 0.0})):
+        aggregator = wrapped.aggregator(adapter, wrapped.init(adapter))
+        aggregator.accumulate(Contribution({name: torch.ones_like(adapter[name]) for name in adapter}, 1.0, adapter))
+        assert aggregator.metrics() == pytest.approx(logged, abs=1e-6)
 
 
 def test_fedsa_shares_a_and_remembers_b() -> None:
