@@ -33,7 +33,7 @@ check: $(VENV)/.dev  ## lint, type-check, and check the import direction
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.runtime  ## print the figures of the README, measured here; OPTIONS=--deployment for a deployment's too
+bench: $(VENV)/.dev  ## print the figures of the README, measured here; OPTIONS=--deployment for a deployment's too
 	$(BIN)/python -m simulations.bench $(OPTIONS)
 
 clean:  ## remove the environment and the runs
