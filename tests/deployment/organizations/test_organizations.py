@@ -137,7 +137,7 @@ def story(machine: Machine, server: Server, sites: dict[str, Organization], liar
     machine.wait("harbor to have reserved its first round", lambda: "reserve" in harbor.entries(), 120, poll_s=0.005)
     harbor.kill()
     assert "commit" not in harbor.entries()
-    harbor.serve()()
+    ready = harbor.serve()
 
     def trains_in(round_number: int) -> Callable[[], bool]:
         return lambda: eastfield.entries().count("reserve") >= round_number
@@ -148,6 +148,7 @@ def story(machine: Machine, server: Server, sites: dict[str, Organization], liar
     machine.wait("sites to train", trains_in(KILLED_SERVER_APP_IN), 120, poll_s=0.005)
     kill_server_app(machine)
     assert not checkpoint(KILLED_SERVER_APP_IN).exists()
+    ready()
     server.command("run", "--resume", run.name)
 
     machine.wait("a checkpoint", checkpoint(KILLED_AFTER_CHECKPOINT).exists, 120, poll_s=0.005)
@@ -220,11 +221,11 @@ def test_every_ledger_says_what_the_server_was_told(story: Story) -> None:
     for name in ("eastfield", "harbor"):
         replies = [event for event in story.events("site_replied") if event["site"] == name and event["accepted"]]
         told = [event["privacy"] for event in replies]
-        spent = [statement["epsilon_run"] for statement in told]
+        spent = [statement.epsilon_run for statement in told]
         assert spent == sorted(spent)
-        assert 0 < spent[-1] <= told[-1]["epsilon_budget"] == story.sites[name].content["budget"]["epsilon"]
-        assert told[-1]["steps_executed"] == 2 * story.sites[name].entries().count("reserve")
-        assert not told[-1]["insecure_seed"]
+        assert 0 < spent[-1] <= told[-1].epsilon_budget == story.sites[name].content["budget"]["epsilon"]
+        assert told[-1].steps_executed == 2 * story.sites[name].entries().count("reserve")
+        assert not told[-1].insecure_seed
 
 
 def test_the_ledger_of_the_killed_site_holds(story: Story) -> None:
