@@ -38,7 +38,7 @@ fuzz: $(VENV)/.dev  ## fuzz what decodes bytes from the network; SECONDS=300 for
 	$(BIN)/pip install --quiet --editable ".[fuzz]"
 	$(BIN)/python -W ignore tests/fuzz/fuzz.py --seconds $(SECONDS)
 
-bench: $(VENV)/.runtime  ## print the figures of the README, measured here; OPTIONS=--deployment for a deployment's too
+bench: $(VENV)/.dev  ## print the figures of the README, measured here; OPTIONS=--deployment for a deployment's too
 	$(BIN)/python -m simulations.bench $(OPTIONS)
 
 clean:  ## remove the environment and the runs

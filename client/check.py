@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -167,16 +167,27 @@ def _server(file: SiteFile) -> str | None:
     if node is None:
         return None
     host, _, port = node.superlink.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=_REACH_S) as connection:
-        if node.insecure:
-            return f"{node.superlink} accepts connections"
-        return _tls(connection, host, node)
-
-
-def _tls(connection: socket.socket, host: str, node: SiteNode) -> str:
+    if node.insecure:
+        return _healthy(HTTPConnection(host, int(port), timeout=_REACH_S), node, "no TLS")
     context = ssl.create_default_context(cafile=node.root_certificates)
-    with context.wrap_socket(connection, server_hostname=host) as secured:
-        return f"{node.superlink} has a valid certificate, {secured.version()}"
+    secured = HTTPSConnection(host, int(port), timeout=_REACH_S, context=context)
+    return _healthy(secured, node, "a valid certificate")
+
+
+def _healthy(connection: HTTPConnection, node: SiteNode, shown: str) -> str:
+    """Ask what stands behind the address: a proxy answers also while its server is down."""
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except HTTPException as error:
+        raise ConfigError(
+            f"{node.superlink} accepts connections and speaks no HTTP ({type(error).__name__})"
+        ) from error
+    finally:
+        connection.close()
+    if status != 200:
+        raise ConfigError(f"{node.superlink} answers, and says {status} to /health: the server behind it is down")
+    return f"{node.superlink} is up, with {shown}"
 
 
 def _bundles(file: SiteFile) -> str | None:

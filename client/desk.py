@@ -3,6 +3,9 @@
 The order matters. What the file forbids is refused first; then an answer that already left is repeated, which costs
 nothing; only then is it checked whether the site is in a state to spend. An answer that was made under another policy
 or budget is not repeated: the round goes through every check of the present ones.
+
+A server that was killed and resumed asks again what it had asked. While the site is still at work on it, the second
+question waits and gets the same answer; any other one is told `busy`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ ANSWER = "answer"
 
 _log = logging.getLogger(__name__)
 
+_POLL_S = 0.5
+
 
 class Desk:
     """A site as its own process serves it."""
@@ -56,6 +61,8 @@ class Desk:
             clock=lambda: clock().timestamp(),
         )
         self._at_work = threading.Lock()
+        self._under_way = b""
+        """SHA-256 of the latest instruction's frame."""
         self._stopping = threading.Event()
 
     def answer(self, frame: bytes) -> bytes:
@@ -65,8 +72,7 @@ class Desk:
             kind, record = decode_frame(frame)
             if kind == CARD:
                 return encode_frame(ANSWER, answer_at_door(site, kind, record))
-            if not self._at_work.acquire(blocking=False):
-                raise SiteRefusal("busy", "another instruction is being worked on")
+            self._begin(hashlib.sha256(frame).digest())
         except SiteRefusal as refusal:
             _log.warning("site %s refuses with %s: %s", site.file.name, refusal.code, refusal)
             return encode_frame(ANSWER, refusal_record(refusal.code, site.file.name))
@@ -74,6 +80,16 @@ class Desk:
             return encode_frame(ANSWER, answer_at_door(site, kind, record, self._handle, self._most_bytes))
         finally:
             self._at_work.release()
+
+    def _begin(self, asked: bytes) -> None:
+        """Take the lock for an instruction, by its digest; behind the very same one, once that is answered."""
+        if not self._at_work.acquire(blocking=False):
+            if asked != self._under_way:
+                raise SiteRefusal("busy", "another instruction is being worked on")
+            while not self._at_work.acquire(timeout=_POLL_S):
+                if self._stopping.is_set():
+                    raise SiteRefusal("stopping", "the process was told to stop")
+        self._under_way = asked
 
     def stop(self, grace_s: float) -> bool:
         """Take no more instructions, wait for the one under way, and return whether none is left."""

@@ -88,7 +88,7 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
     ]
     superexec = [
         *(_flower("flower-superexec"), "--runtime-api-address", runtime, "--insecure"),
-        *("--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())),
+        *("--superexec-auth-secret-file", str(secret)),
     ]
     return NodeProcesses(supernode, superexec, _environment(commands, home), account, bundles)
 
@@ -102,8 +102,9 @@ def run_node(processes: NodeProcesses) -> int:
     # Nothing of a privileged process is inherited: neither groups nor environment.
     user = None if account is None else account.pw_uid
     group = None if account is None else account.pw_gid
-    started = [
-        subprocess.Popen(
+
+    def begun(*command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             command,
             env=dict(processes.environment),
             cwd=processes.environment["HOME"],
@@ -111,12 +112,16 @@ def run_node(processes: NodeProcesses) -> int:
             group=group,
             extra_groups=None if account is None else [],
         )
-        for command in (processes.supernode, processes.superexec)
-    ]
+
     told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: told.append(received))
+    started = [begun(*processes.supernode)]
     try:
+        # The SuperExec ends with the process of that number. It asks by a signal, and another user's may not signal
+        # this one: it would take it for dead, and end at once.
+        parent = os.getpid() if account is None else started[0].pid
+        started.append(begun(*processes.superexec, "--parent-pid", str(parent)))
         while not told and all(process.poll() is None for process in started):
             time.sleep(_POLL_S)
             if processes.bundles is not None:

@@ -90,7 +90,8 @@ def run_federation(
     """Run every round of an experiment and return the final adapter.
 
     Raises:
-        FederationError: too few sites, or a round with fewer valid replies than `federation.min_replies`.
+        FederationError: too few sites; a round with fewer valid replies than `federation.min_replies`; or, with secret
+            cohorts, where no round may fail, a run in which no reply was used at all.
         PrivacyError: client-level privacy that these sites cannot have, or a budget that does not cover a round.
     """
     began = clock()
@@ -143,6 +144,7 @@ def run_federation(
             )
         for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
             progress = _round(run, number, progress, evaluator, directory, observe, clock)
+        protection.finish()
     directory.save_adapter(evaluator.adapted, progress.adapter)
     observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
     return Outcome(progress.adapter, progress.evaluation)
@@ -206,12 +208,17 @@ def _round(
             dict(aggregator.metrics()),
         )
     )
-    # In a checkpoint these names would tell who was in a secret cohort, so such sites are not told.
-    unused = {} if protection.secret_cohort else _still_unused(progress.unused, cohort, collected.unused, round_number)
+    # In a checkpoint these names would tell who was in a secret cohort, so such sites are not told, and are reminded of
+    # their ledgers' heads by this process only.
+    secret = protection.secret_cohort
+    unused = {} if secret else _still_unused(progress.unused, cohort, collected.unused, round_number)
+    stored_heads = {} if secret else heads
     names = tuple(member.site for member in run.members)
     nodes = {member.site: member.node_id for member in run.members}
     directory.save_checkpoint(
-        Checkpoint(round_number, adapter, state, names, protection.state(), run.downlink.state(), unused, nodes, heads)
+        Checkpoint(
+            round_number, adapter, state, names, protection.state(), run.downlink.state(), unused, nodes, stored_heads
+        )
     )
     return _Progress(adapter, state, evaluation, unused, heads)
 

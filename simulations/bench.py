@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two rounds, no Ray, one small model")
-    parser.add_argument("--deployment", action="store_true", help="also a deployment on loopback, some three minutes")
+    parser.add_argument(
+        "--deployment",
+        action="store_true",
+        help="also a deployment on loopback, and faults injected into one: some ten minutes",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure", nargs=2, metavar=("RUNTIME", "SITES"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)

@@ -2,7 +2,7 @@
 
 The same messages go through the same SuperLink twice: to a ClientApp that returns them, which is Flower's own floor,
 and to a site's process that answers from its stored replies: everything that Cloister does in a round but training and
-booking. No TLS and no proxy: they cost both the same. Nothing here is a test.
+booking. No TLS and no proxy: they cost both the same. Nothing here is a test; faults are injected by the tests of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from protocol.tensors import digest
 from server.events import Event, RoundFinished, RoundStarted
 from simulations.bench import Figure, print_figures
 from simulations.bench_processes import Processes, free_port
-from simulations.faults import print_faults
+from simulations.faults import inject, print_faults
 from simulations.population import build_population
 from simulations.simulate import simulate
 from strategies.build import build_strategy
@@ -87,7 +87,7 @@ def measure_all(folder: Path) -> list[Figure]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the figures and the table of faults."""
+    """Print the figures, then inject every fault of the table and print what became of it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interrupt", type=Path, metavar="RUN", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load = os.getloadavg()[0]
         figures = measure_all(Path(folder))
     print_figures(figures, f"deployment on loopback, load {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end")
-    print_faults()
+    print_faults(inject())
 
 
 def _site(processes: Processes) -> tuple[Path, list[Figure]]:

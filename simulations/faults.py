@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
-__all__ = ["FAULTS", "Fault", "print_faults"]
+__all__ = ["FAULTS", "Fault", "inject", "print_faults"]
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 _SITE, _ORG = "tests/deployment/site/", "tests/deployment/organizations/"
 
@@ -23,7 +33,7 @@ _MALICIOUS = f"{_SITE}test_faults.py::test_malicious_instructions_are_refused_an
 _LEDGER = f"{_SITE}test_faults.py::test_a_ledger_that_is_not_as_it_was_left_is_refused"
 _RESUME = "tests/rounds/test_resume.py::test_a_killed_run_goes_on_to_the_same_adapter"
 _REPLIES = "tests/rounds/test_rejected_replies.py::"
-_STATE = "tests/unit/client/test_desk.py::test_hours_expiry_clock_and_disk"
+_CLOCK = f"{_SITE}test_faults.py::test_a_clock_that_moves_while_the_site_runs"
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -56,7 +66,17 @@ FAULTS: tuple[Fault, ...] = (
         "same adapter, bit for bit",
         f"{_ORG}test_organizations.py::test_the_adapter_is_that_of_the_same_sites_in_one_process",
     ),
+    Fault(
+        "ServerApp killed while sites train, and after a checkpoint",
+        "resumed; nothing charged twice",
+        f"{_ORG}test_organizations.py::test_a_killed_server_app_is_resumed_from_its_checkpoint_and_asks_sites_for_nothing_twice",
+    ),
     Fault("server killed at six moments of a round", "resumed to the same adapter, bit for bit", _RESUME),
+    Fault(
+        "resumed while a site is still at work",
+        "the site answers when it is done",
+        "tests/unit/client/test_desk.py::test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer",
+    ),
     Fault(
         "checkpoint damaged, or of another run",
         "passed over; the round before it is used",
@@ -68,12 +88,22 @@ FAULTS: tuple[Fault, ...] = (
         "tests/rounds/test_late_replies.py::test_no_valid_reply_at_all_fails_loudly",
     ),
     Fault(
+        "no valid reply in a whole run of secret cohorts",
+        "the run fails at its end",
+        "tests/rounds/test_client_level.py::test_noise_alone_is_not_handed_out_as_an_adapter",
+    ),
+    Fault(
         "disk full at the site",
         "`ledger_unusable` before training",
         f"{_SITE}test_faults.py::test_a_full_disk_is_refused_before_training",
     ),
     Fault("ledger missing, truncated, altered, set back", "`ledger_unusable`", _LEDGER),
-    Fault("clock set back, hours over, budget expired", "a code each, nothing spent", _STATE),
+    Fault(
+        "all of a site older than what the server has seen",
+        "`ledger_set_back`",
+        "tests/rounds/test_ledger_heads.py::test_a_site_that_is_older_than_what_the_server_has_seen_refuses",
+    ),
+    Fault("clock set back, hours over, budget expired", "a code each, nothing spent", _CLOCK),
     Fault(
         "two servers at once",
         "the second is told `busy`",
@@ -81,6 +111,11 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault("wrong base, weaker privacy, unknown field, enormous rank, path in a name", "a code each", _MALICIOUS),
     Fault("frame of 2^62 bytes announced", "`oversized_frame`, nothing allocated", _MALICIOUS),
+    Fault(
+        "NaN, forged header, huge count, oversized message through real sockets",
+        "a code each, not used",
+        f"{_ORG}test_organizations.py::test_forged_replies_are_named_by_their_codes_and_never_used",
+    ),
     Fault(
         "reply with NaN, another shape, round, site or plan",
         "not used; the round goes on",
@@ -109,14 +144,50 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-def print_faults() -> None:
-    """Print the table."""
+def inject(faults: Sequence[Fault] = FAULTS, root: Path = _ROOT) -> dict[str, str]:
+    """Run the tests of `faults` and return what became of each: survived, NOT SURVIVED, or why it was not injected.
+
+    Args:
+        faults: lines of the table.
+        root: of the repository, which has the tests; an installed package has none.
+    """
+    tests = sorted({fault.test for fault in faults})
+    if importlib.util.find_spec("pytest") is None or not (root / "tests").is_dir():
+        return dict.fromkeys(tests, "not injected: no tests here, or no pytest")
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise RuntimeError(f"pytest ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}")
+        cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    return {test: _outcome([case for case in cases if _is_of(case, test)]) for test in tests}
+
+
+def _is_of(case: ElementTree.Element, test: str) -> bool:
+    """Return whether a result is one of a test, whose name may stand there with parameters."""
+    path, name = test.split("::")
+    module = path.removesuffix(".py").replace("/", ".")
+    return case.get("classname") == module and str(case.get("name")).partition("[")[0] == name
+
+
+def _outcome(cases: Sequence[ElementTree.Element]) -> str:
+    if not cases or any(case.find(kind) is not None for case in cases for kind in ("failure", "error")):
+        return "NOT SURVIVED"
+    skipped = [found for case in cases if (found := case.find("skipped")) is not None]
+    return f"not injected: {skipped[0].get('message')}" if skipped else "survived"
+
+
+def print_faults(outcomes: Mapping[str, str]) -> None:
+    """Print the table; `outcomes` are those of `inject`."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="faults that tests inject, and what holds")
-    for heading in ("fault", "holds", "test"):
-        table.add_column(heading)
+    survived = sum(outcomes[fault.test] == "survived" for fault in FAULTS)
+    table = Table(title=f"faults injected here and survived: {survived} of {len(FAULTS)}")
+    for heading in ("fault", "what must hold", "test", "here"):
+        table.add_column(heading, overflow="fold")
     for fault in FAULTS:
-        table.add_row(fault.injected, fault.holds, fault.test.split("::")[1])
+        table.add_row(fault.injected, fault.holds, fault.test.split("::")[1], outcomes[fault.test])
     Console().print(table)

@@ -1,5 +1,6 @@
 """Client-level rounds: the whole server, from cohort to ledger, over sites whose updates are known."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -15,10 +16,11 @@ import server.budget
 from client.app import client_app
 from conf.compose import compose_experiment
 from finetuning.checkpoints import load_tensors
-from protocol.errors import PrivacyError
+from protocol.errors import FederationError, PrivacyError, SiteRefusal
 from protocol.instructions import Instruction, PrivacyStatement, Reply, ReplyHeader, SiteCard
 from protocol.tensors import NamedTensors
 from server.app import Launch, serve
+from server.events import Event, Observer, RoundStarted
 from simulations.in_process import InProcessGrid
 from simulations.simulate import simulate
 
@@ -34,6 +36,8 @@ class KnownSite:
     asked: list[Instruction] = field(default_factory=list)
     factor: float = 1.0
     says_below: bool | None = None
+    silent_after: int = 10**9
+    """The last round in which it does its work."""
 
     def card(self) -> SiteCard:
         return SiteCard(cloister_version="0", site=self.name, published_records=100)
@@ -41,6 +45,8 @@ class KnownSite:
     def handle(self, instruction: Instruction) -> Reply:
         header = instruction.header
         self.asked.append(instruction)
+        if header.round > self.silent_after:
+            raise SiteRefusal("stopping", "away")
         assert header.clip_norm is not None
         values = sum(tensor.numel() for tensor in instruction.tensors.values())
         size = self.factor * header.clip_norm / math.sqrt(values)
@@ -55,6 +61,7 @@ class KnownSite:
                 adapter_digest=header.adapter_digest,
                 steps=header.plan.local.steps,
                 below_clip=self.says_below,
+                ledger_heads={"site": hashlib.sha256(f"{self.name} {header.round}".encode()).hexdigest()},
             ),
             update,
         )
@@ -85,7 +92,13 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> Callable[..., Run]:
-    def start(*overrides: str, privacy: str = "client_level", sites: list[KnownSite] | None = None) -> Run:
+    def start(
+        *overrides: str,
+        privacy: str = "client_level",
+        sites: list[KnownSite] | None = None,
+        observe: Observer = lambda event: None,
+        resume: bool = False,
+    ) -> Run:
         sites = sites or [KnownSite(f"site-{number}") for number in range(POPULATION)]
         experiment = compose_experiment(
             (
@@ -102,7 +115,8 @@ def run(tmp_path: Path, tiny_model: Callable[..., Path]) -> Callable[..., Run]:
         )
         app = client_app(lambda context: sites[int(context.node_config["partition-id"])])  # type: ignore[arg-type, return-value]
         grid = InProcessGrid(app, [{"partition-id": position} for position in range(len(sites))])
-        serve(grid, Launch(experiment, tmp_path / "run", heldout=(), expected_sites=len(sites)))
+        launch = Launch(experiment, tmp_path / "run", (observe,), (), expected_sites=len(sites), resume=resume)
+        serve(grid, launch)
         return Run(tmp_path / "run", sites)
 
     return start
@@ -193,6 +207,65 @@ def test_an_empty_secret_cohort_is_noised_and_stepped_and_names_nobody(run: Call
     assert all(json.loads(event)["accepted"] is None for event in events if '"round_finished"' in event)
 
 
+MOST_OF_THEM = ("federation.cohort_sampling=poisson", "federation.cohort_size=9", "federation.rounds=3")
+
+
+def test_noise_alone_is_not_handed_out_as_an_adapter(run: Callable[..., Run], tmp_path: Path) -> None:
+    """Rounds of a secret cohort must not fail one by one; a run in which nobody ever replied must."""
+    sites = [KnownSite(f"site-{number}", silent_after=0) for number in range(POPULATION)]
+    with pytest.raises(FederationError, match="no update of any site was used in any of the 3 rounds") as caught:
+        run(*MOST_OF_THEM, sites=sites)
+    assert any(site.asked for site in sites)
+    made = Run(tmp_path / "run", sites)
+    assert made.summary["status"] == "failed"
+    assert str(caught.value) in made.summary["error"]
+    assert not (made.path / "adapter").exists()
+    assert "site-" not in made.summary["error"]
+    assert all(item["accepted"] == [] for item in made.summary["rounds"])
+    assert "run_finished" not in (made.path / "metrics.jsonl").read_text()
+
+
+class Killed(BaseException):
+    """Ends a run without a word."""
+
+
+@pytest.mark.parametrize(("silent_after", "fails"), [(0, True), (1, False)])
+def test_whether_anybody_replied_is_remembered_over_a_resume(
+    run: Callable[..., Run], silent_after: int, fails: bool, tmp_path: Path
+) -> None:
+    def die(event: Event) -> None:
+        if isinstance(event, RoundStarted) and event.round == 3:
+            raise Killed
+
+    sites = [KnownSite(f"site-{number}", silent_after=silent_after) for number in range(POPULATION)]
+    with pytest.raises(Killed):
+        run(*MOST_OF_THEM, sites=sites, observe=die)
+    if fails:
+        with pytest.raises(FederationError, match="no update of any site was used"):
+            run(*MOST_OF_THEM, sites=sites, resume=True)
+    else:
+        run(*MOST_OF_THEM, sites=sites, resume=True)
+        assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_checkpoint_does_not_tell_who_has_replied_nor_whether_anybody_has(
+    run: Callable[..., Run], tmp_path: Path
+) -> None:
+    sites = [KnownSite(f"site-{number}", silent_after=1) for number in range(POPULATION)]
+    run(*MOST_OF_THEM, sites=sites)
+    stored = [
+        json.loads(load_tensors(tmp_path / "run" / "checkpoints" / f"round-{number:05d}.safetensors")[1]["cloister"])
+        for number in (1, 2, 3)
+    ]
+    marks = {each["protection"].pop("heard") for each in stored}
+    assert len(marks) == 3, "the same answer under another name each time"
+    assert {len(mark) for mark in marks} == {64}
+    assert [each["protection"].keys() for each in stored] == [{"rounds", "clip_norm", "inputs"}] * 3
+    assert all(each["heads"] == each["unused"] == {} for each in stored)
+    reminded = [instruction.header.ledger_heads for site in sites for instruction in site.asked]
+    assert any(reminded), "this server remembers all the same"
+
+
 @pytest.mark.parametrize(
     ("site", "overrides", "code", "reason"),
     [
@@ -274,6 +347,7 @@ def finished(made: Run) -> list[PrivacyStatement]:
 
 def test_the_log_of_a_secret_cohort_names_no_site(run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
     sites = [KnownSite(f"site-{number}", factor=1.5) for number in range(POPULATION)]
-    run("federation.cohort_sampling=poisson", "federation.cohort_size=9", "federation.rounds=1", sites=sites)
+    with pytest.raises(FederationError, match="no update of any site was used in any of the 1 rounds"):
+        run("federation.cohort_sampling=poisson", "federation.cohort_size=9", "federation.rounds=1", sites=sites)
     assert "a reply was not used: norm_above_clip" in caplog.text
     assert "site-" not in "".join(record.getMessage() for record in caplog.records if "not used" in record.getMessage())

@@ -1,4 +1,5 @@
-"""Two organizations train together, a third refuses; a site and the SuperLink are killed; the adapter stays the same.
+"""Two organizations train together, a third refuses, a fourth lies; site, ServerApp (twice) and SuperLink are killed;
+the adapter stays the same.
 
 The run is private, with real noise. It can still be repeated bit by bit, because a site's randomness follows from its
 secret and its inputs: the comparison runs the same site files with copies of the secrets, in one process.
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,20 @@ from flwr.app import Context
 from safetensors.torch import load_file
 
 from client.app import client_app
+from client.check import Outcome, check_site
 from client.site import Site, open_site
 from conf.compose import compose_experiment
+from conf.schema.site import SiteFile
 from protocol.errors import SiteRefusal
 from server.app import Launch, serve
+from server.deployment.certificates import make_authority
+from server.deployment.folder import ServerFolder
+from server.events import parse_event, surviving
 from simulations.in_process import InProcessGrid
 from simulations.population import build_population
 
 from .conftest import Machine, Organization, Server, free_port, make_node_key
+from .forging import FORGERIES, Forger
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,12 +49,14 @@ pytestmark = [
 
 FLOWER_SUPERNODE = str(Path(sys.executable).parent / "flower-supernode")
 SITES = ("eastfield", "harbor", "northgate")
-ROUNDS, KILLED_SITE_IN, KILLED_SUPERLINK_IN = 4, 1, 3
+LIAR = "mallory"
+ROUNDS = len(FORGERIES)
+KILLED_SITE_IN, KILLED_SERVER_APP_IN, KILLED_AFTER_CHECKPOINT, KILLED_SUPERLINK_IN = 1, 2, 2, 4
 OVERRIDES = (
     "experiment=smoke",
     f"federation.rounds={ROUNDS}",
     "federation.local.steps=2",
-    f"federation.expected_sites={len(SITES)}",
+    f"federation.expected_sites={len(SITES) + 1}",
     "federation.reply_timeout_s=120",
     "privacy.target_epsilon=null",
     "privacy.noise_multiplier=1.0",
@@ -72,8 +83,9 @@ class Story:
         return sorted(self.summary["rounds"][round_number - 1]["accepted"])
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        return [event for line in lines if (event := json.loads(line))["kind"] == kind]
+        """Return the events that count: what a resumed run did again is told once."""
+        told = surviving([parse_event(line) for line in (self.run / "metrics.jsonl").read_bytes().splitlines()])
+        return [asdict(event) for event in told if event.kind == kind]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +111,25 @@ def sites(machine: Machine, server: Server) -> dict[str, Organization]:
 
 
 @pytest.fixture(scope="module")
-def story(machine: Machine, server: Server, sites: dict[str, Organization]) -> Story:
+def liar(machine: Machine, server: Server, sites: dict[str, Organization]) -> Iterator[None]:
+    """A registered site whose replies are forged."""
+    made = Organization(machine, server, LIAR, [{"prompt": "Note:", "completion": "none"}])
+    server.command("server", "register", f"{made.key}.pub")
+    forger = Forger(made.state / "run" / "site.sock", LIAR)
+    made.start_node()
+    yield
+    forger.close()
+
+
+def kill_server_app(machine: Machine) -> None:
+    found = machine.processes("flwr-serverapp")
+    assert found, machine.logs()
+    for number in found:
+        os.kill(number, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def story(machine: Machine, server: Server, sites: dict[str, Organization], liar: None) -> Story:
     began = time.monotonic()
     run = server.run(*OVERRIDES)
     harbor, eastfield = sites["harbor"], sites["eastfield"]
@@ -107,12 +137,26 @@ def story(machine: Machine, server: Server, sites: dict[str, Organization]) -> S
     machine.wait("harbor to have reserved its first round", lambda: "reserve" in harbor.entries(), 120, poll_s=0.005)
     harbor.kill()
     assert "commit" not in harbor.entries()
-    harbor.serve()()
+    ready = harbor.serve()
 
-    def in_round() -> bool:
-        return eastfield.entries().count("reserve") >= KILLED_SUPERLINK_IN
+    def trains_in(round_number: int) -> Callable[[], bool]:
+        return lambda: eastfield.entries().count("reserve") >= round_number
 
-    machine.wait(f"round {KILLED_SUPERLINK_IN}", in_round, 120, poll_s=0.02)
+    def checkpoint(round_number: int) -> Path:
+        return run / "checkpoints" / f"round-{round_number:05d}.safetensors"
+
+    machine.wait("sites to train", trains_in(KILLED_SERVER_APP_IN), 120, poll_s=0.005)
+    kill_server_app(machine)
+    assert not checkpoint(KILLED_SERVER_APP_IN).exists()
+    ready()
+    server.command("run", "--resume", run.name)
+
+    machine.wait("a checkpoint", checkpoint(KILLED_AFTER_CHECKPOINT).exists, 120, poll_s=0.005)
+    kill_server_app(machine)
+    assert not checkpoint(KILLED_AFTER_CHECKPOINT + 1).exists()
+    server.command("run", "--resume", run.name)
+
+    machine.wait(f"round {KILLED_SUPERLINK_IN}", trains_in(KILLED_SUPERLINK_IN), 120, poll_s=0.02)
     (superlink,) = machine.processes("flower-superlink")
     os.kill(superlink, signal.SIGKILL)
 
@@ -131,8 +175,30 @@ def test_the_run_completes(story: Story) -> None:
 
 def test_each_round_used_the_sites_that_could_answer(story: Story) -> None:
     assert story.accepted(KILLED_SITE_IN) == ["eastfield"]
-    assert story.accepted(KILLED_SUPERLINK_IN) == ["eastfield", "harbor"]
-    assert story.accepted(ROUNDS) == ["eastfield", "harbor"]
+    for later in range(KILLED_SITE_IN + 1, ROUNDS + 1):
+        assert story.accepted(later) == ["eastfield", "harbor"]
+
+
+def test_a_killed_server_app_is_resumed_from_its_checkpoint_and_asks_sites_for_nothing_twice(story: Story) -> None:
+    assert [event["round"] for event in story.events("run_resumed")] == [
+        KILLED_SERVER_APP_IN - 1,
+        KILLED_AFTER_CHECKPOINT,
+    ]
+    assert [item["round"] for item in story.summary["rounds"]] == list(range(1, ROUNDS + 1))
+    eastfield = story.sites["eastfield"]
+    assert f"round {KILLED_SERVER_APP_IN} of run {story.run.name!r}: the stored reply is sent again" in (
+        story.server.machine.log("eastfield-serve")
+    )
+    spent = [kind for kind in eastfield.entries() if kind in ("reserve", "commit")]
+    assert spent == ["reserve", "commit"] * ROUNDS
+
+
+def test_forged_replies_are_named_by_their_codes_and_never_used(story: Story) -> None:
+    replies = [event for event in story.events("site_replied") if event["site"] == LIAR]
+    assert [(event["round"], event["code"]) for event in replies] == list(
+        enumerate((code for code, _ in FORGERIES), start=1)
+    )
+    assert not any(event["accepted"] for event in replies)
 
 
 def test_one_site_refuses_every_round_with_a_code_and_nothing_else(story: Story) -> None:
@@ -155,11 +221,11 @@ def test_every_ledger_says_what_the_server_was_told(story: Story) -> None:
     for name in ("eastfield", "harbor"):
         replies = [event for event in story.events("site_replied") if event["site"] == name and event["accepted"]]
         told = [event["privacy"] for event in replies]
-        spent = [statement["epsilon_run"] for statement in told]
+        spent = [statement.epsilon_run for statement in told]
         assert spent == sorted(spent)
-        assert 0 < spent[-1] <= told[-1]["epsilon_budget"] == story.sites[name].content["budget"]["epsilon"]
-        assert told[-1]["steps_executed"] == 2 * story.sites[name].entries().count("reserve")
-        assert not told[-1]["insecure_seed"]
+        assert 0 < spent[-1] <= told[-1].epsilon_budget == story.sites[name].content["budget"]["epsilon"]
+        assert told[-1].steps_executed == 2 * story.sites[name].entries().count("reserve")
+        assert not told[-1].insecure_seed
 
 
 def test_the_ledger_of_the_killed_site_holds(story: Story) -> None:
@@ -188,8 +254,30 @@ def test_no_record_reaches_the_server(story: Story) -> None:
 def test_check_finds_nothing_wrong(story: Story) -> None:
     checked = story.server.check()
     assert checked.returncode == 0, checked.stdout
-    assert "3 registered, 3 online" in checked.stdout
+    assert "4 registered, 4 online" in checked.stdout
     assert "control, runtime, /docs and /openapi.json are not forwarded" in checked.stdout
+
+
+def server_check(site: Organization, **node: object) -> Outcome:
+    """What a site finds of the server, with some of its `node` section replaced."""
+    file = SiteFile.model_validate(site.content | {"node": site.content["node"] | node})
+    return next(outcome for outcome in check_site(file, datetime.now(UTC)) if outcome.name == "server")
+
+
+def test_a_sites_own_check_finds_nothing_wrong(story: Story) -> None:
+    checked = story.server.machine.cloister("site", "check", "--config", str(story.sites["harbor"].config))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{story.server.address} is up, with a valid certificate" in checked.stdout
+    assert "harbor answers" in checked.stdout
+
+
+def test_a_sites_check_notices_another_authority(story: Story, tmp_path: Path) -> None:
+    other = ServerFolder(tmp_path / "other")
+    make_authority(other, "other", datetime.now(UTC))
+    found = server_check(story.sites["harbor"], root_certificates=str(other.ca_certificate))
+    assert (found.passed, found.name) == (False, "server")
+    assert "certificate verify failed" in found.detail
+    assert "certificate" in found.fix
 
 
 def test_a_run_can_be_stopped(story: Story) -> None:
@@ -224,6 +312,22 @@ def test_tls_is_required(story: Story, machine: Machine) -> None:
     assert ended.returncode != 0
 
 
+def test_a_sites_check_notices_that_the_server_is_down(story: Story, machine: Machine) -> None:
+    """The last one: it takes the server down, first behind its proxy, then the proxy too."""
+    harbor = story.sites["harbor"]
+    machine.end("server")
+    found = server_check(harbor)
+    assert found.passed is False
+    assert found.detail == f"{story.server.address} answers, and says 502 to /health: the server behind it is down"
+    machine.end("nginx")
+    checked = machine.cloister("site", "check", "--config", str(harbor.config))
+    assert checked.returncode == 1, checked.stdout + checked.stderr
+    (failed,) = [line for line in checked.stdout.splitlines() if "FAIL" in line]
+    assert "server" in failed
+    assert "Connection refused" in checked.stdout
+    assert "with the server's operator" in checked.stdout
+
+
 def supernode(server: Server, machine: Machine, *options: str, tls: bool = True) -> subprocess.CompletedProcess[str]:
     trust = ("--root-certificates", str(server.folder.for_sites / "ca.crt")) if tls else ()
     # Without a SuperExec, which would outlive a SuperNode that gives up.
@@ -252,7 +356,7 @@ def in_one_process(story: Story, folder: Path, missed: set[tuple[str, int]]) -> 
     grid = InProcessGrid(client_app(find), [{"partition-id": position} for position in range(len(SITES))])
     for name, round_number in missed:
         _be_down(opened[name], round_number)
-    serve(grid, Launch(experiment, path, waits_forever=True))
+    serve(grid, Launch(experiment, path, expected_sites=len(SITES), waits_forever=True))
     for site in opened.values():
         site.close()
     return path

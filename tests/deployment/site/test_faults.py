@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,11 @@ def test_malicious_instructions_are_refused_and_the_site_goes_on(make_site: Make
 def test_a_ledger_that_is_not_as_it_was_left_is_refused(make_site: Make, instruct: Instruct) -> None:
     site = make_site().start()
     assert site.ask(instruct()).header.status == "trained"
-    ledger, old = site.state / "ledger.db", site.folder / "old.db"
+    ledger, old, backup = site.state / "ledger.db", site.folder / "old.db", site.folder / "backup"
     shutil.copyfile(ledger, old)
-    assert site.ask(instruct(round_number=2)).header.status == "trained"
+    shutil.copytree(site.state, backup, ignore=shutil.ignore_patterns("run"))
+    second = site.ask(instruct(round_number=2))
+    assert second.header.status == "trained"
     new = ledger.read_bytes()
 
     def truncated() -> None:
@@ -96,6 +99,51 @@ def test_a_ledger_that_is_not_as_it_was_left_is_refused(make_site: Make, instruc
 
     assert site.ask(instruct(round_number=2)).header.status == "trained", "what left before is repeated"
     assert site.kinds() == ["reserve", "commit"] * 2
+
+    # All of the site comes out of one backup: nothing here knows that there was more, the server does.
+    site.kill()
+    shutil.rmtree(site.state)
+    shutil.copytree(backup, site.state)
+    site.start()
+    heads = second.header.ledger_heads
+    reply = with_header(instruct("federation.rounds=20", round_number=20), site, ledger_heads=heads)
+    assert (reply.header.status, reply.header.code) == ("refused", "ledger_set_back"), site.text()
+    assert site.kinds() == ["reserve", "commit"]
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Path:
+    """A file that says by how much a process started with it is off."""
+    path = tmp_path / "clock"
+    path.write_text("+0d")
+    return path
+
+
+def with_clock(clock: Path) -> tuple[str, ...]:
+    """What a command is started through to see another time of day."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed")
+    monotonic = ("DONT_FAKE_MONOTONIC=1", "FAKETIME_DONT_FAKE_MONOTONIC=1")
+    return ("env", f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={clock}", "FAKETIME_NO_CACHE=1", *monotonic)
+
+
+def test_a_clock_that_moves_while_the_site_runs(make_site: Make, instruct: Instruct, clock: Path) -> None:
+    now = datetime.now(UTC)
+    hours = [f"{now + timedelta(hours=back):%H:%M}" for back in (-2, 4)]
+    site = make_site(
+        policy={"require_approval": False, "hours": {"timezone": "UTC", "start": hours[0], "end": hours[1]}},
+        budget={"epsilon": 50.0, "delta": 1e-3, "expires": (now + timedelta(days=10)).date()},
+    ).start(*with_clock(clock))
+    assert site.ask(instruct()).header.status == "trained"
+    for off, code in (("-1d", "clock"), ("+12h", "outside_hours"), ("+30d", "budget_expired")):
+        clock.write_text(off)
+        refused = site.ask(instruct(round_number=2))
+        assert (refused.header.status, refused.header.code) == ("refused", code), site.text()
+        assert not refused.tensors
+        assert site.kinds() == ["reserve", "commit"], "nothing was spent"
+    clock.write_text("+0d")
+    assert site.ask(instruct(round_number=2)).header.status == "trained", site.text()
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """What surrounds a round at a served site: approval, hours, expiry, clock, disk, and the stored replies."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -216,6 +218,56 @@ def test_a_disk_that_is_full_does_not_lose_an_answer(
     (tmp_path / "replies").rmdir()
     store.put(instruct(small()).header, b"body")
     assert "the reply could not be stored" in caplog.text
+
+
+def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
+    desk_of: Make, small: Make, instruct: Make
+) -> None:
+    """A server that was killed and resumed asks so; `busy` would leave the site out of a round that it paid for."""
+    desk, site = desk_of()
+    began, go_on, handle = threading.Event(), threading.Event(), site.handle
+
+    def slow(instruction: Instruction) -> Reply:
+        began.set()
+        assert go_on.wait(60)
+        return handle(instruction)
+
+    site.handle = slow
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, desk, instruct(small()))
+        try:
+            assert began.wait(60)
+            assert code(ask(desk, instruct(small(), run="other"))) == "busy"
+            second = pool.submit(ask, desk, instruct(small()))
+            wait([second], timeout=1)
+            assert not second.done(), code(second.result())
+        finally:
+            go_on.set()
+        once, again = first.result(60), second.result(60)
+    assert once.header.status == "trained"
+    assert once.header == again.header, "one training, one charge"
+    assert all(torch.equal(once.tensors[name], again.tensors[name]) for name in once.tensors)
+
+
+def test_whoever_waits_for_an_answer_is_told_of_a_stop(desk_of: Make, small: Make, instruct: Make) -> None:
+    desk, site = desk_of()
+    began, go_on, handle = threading.Event(), threading.Event(), site.handle
+
+    def slow(instruction: Instruction) -> Reply:
+        began.set()
+        assert go_on.wait(60)
+        return handle(instruction)
+
+    site.handle = slow
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(ask, desk, instruct(small()))
+        assert began.wait(60)
+        second = pool.submit(ask, desk, instruct(small()))
+        try:
+            assert not desk.stop(0.0)
+            assert code(second.result(60)) == "stopping"
+        finally:
+            go_on.set()
 
 
 def test_a_desk_that_stops_takes_nothing_more(desk_of: Make, small: Make, instruct: Make) -> None:

@@ -145,6 +145,22 @@ def test_every_superlink_isolates_processes_and_asks_for_keys(made: ServerFolder
     assert "--host 127.0.0.1 --port 8001" in unit
 
 
+def _has_compose() -> bool:
+    docker = shutil.which("docker")
+    asked = docker and subprocess.run((docker, "compose", "version"), capture_output=True, check=False).returncode == 0
+    return bool(asked)
+
+
+@pytest.mark.skipif(not _has_compose(), reason="docker compose is not installed")
+def test_docker_compose_accepts_the_file(made: ServerFolder) -> None:
+    file = made.docker / "docker-compose.yml"
+    asked = subprocess.run(
+        ("docker", "compose", "-f", str(file), "config", "--services"), capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert sorted(asked.stdout.split()) == ["proxy", "superexec", "superlink"]
+
+
 def test_the_compose_file_publishes_the_proxy_and_nothing_else(made: ServerFolder) -> None:
     services = yaml.safe_load((made.docker / "docker-compose.yml").read_text())["services"]
     assert {name: service.get("ports") for name, service in services.items()} == {
