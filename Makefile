@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime  ## set up, then fine-tune a small language model over fo
 	$(BIN)/cloister simulate
 
 test: $(VENV)/.dev  ## set up, then run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev  ## lint, type-check, and check the import direction
 	$(BIN)/ruff check .

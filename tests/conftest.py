@@ -59,8 +59,9 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tiny models gain nothing from threads, and lose much where cores are few."""
+    """Tiny models gain nothing from threads, and lose much where cores are few: here and in what tests start."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
