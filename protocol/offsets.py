@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from protocol.errors import ReplyRejected
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, check_values
 
 __all__ = ["is_offset", "modules_with_offsets", "offset_names", "verify_offset"]
 
@@ -52,5 +52,4 @@ def verify_offset(tensors: NamedTensors, module: str, rows: int, columns: int) -
             f"(k, {columns}) with k at most {min(rows, columns)}",
         )
     for name in names:
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise ReplyRejected("not_finite", f"{name} holds NaN or infinity")
+        check_values(name, tensors[name])

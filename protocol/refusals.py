@@ -212,7 +212,10 @@ REFUSALS: Mapping[str, Refusal] = {
     "unknown_tensor": Refusal("the adapter has a tensor too many", "model, PEFT settings or version differ"),
     "wrong_dtype": Refusal("a tensor of the adapter is not float32", "server and site differ in version"),
     "wrong_shape": Refusal("a tensor of the adapter has another shape", "model, PEFT settings or version differ"),
-    "not_finite": Refusal("the adapter holds NaN or infinity", "server: the run has diverged; lower the learning rate"),
+    "not_finite": Refusal(
+        "the adapter holds NaN, infinity, or a value that no training gives",
+        "server: the run has diverged; lower the learning rate",
+    ),
 }
 
 

@@ -11,17 +11,22 @@ import torch
 from protocol.errors import ReplyRejected
 
 __all__ = [
+    "LARGEST_VALUE",
     "Layout",
     "NamedTensors",
     "TensorShape",
     "add",
     "byte_count",
+    "check_values",
     "corner",
     "digest",
     "layout_of",
     "subtract",
     "verify",
 ]
+
+LARGEST_VALUE = 1e9
+"""In size, of an adapter and of an update."""
 
 NamedTensors = Mapping[str, torch.Tensor]
 """Float32 CPU tensors by PEFT state-dict name."""
@@ -92,5 +97,17 @@ def verify(tensors: NamedTensors, expected: Layout) -> None:
             raise ReplyRejected("wrong_dtype", f"{name} has dtype {tensor.dtype}, expected {wanted.dtype}")
         if tuple(tensor.shape) != wanted.shape:
             raise ReplyRejected("wrong_shape", f"{name} has shape {tuple(tensor.shape)}, expected {wanted.shape}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ReplyRejected("not_finite", f"{name} holds NaN or infinity")
+        check_values(name, tensor)
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Check that every value is one that training can give: finite, and at most `LARGEST_VALUE` in size.
+
+    A larger one is no update: its products and squares leave float32, and one site would end the run for all.
+
+    Raises:
+        ReplyRejected: with code `not_finite`.
+    """
+    # The comparison is false for NaN.
+    if not bool((tensor.abs() <= LARGEST_VALUE).all()):
+        raise ReplyRejected("not_finite", f"{name} holds NaN or infinity, or a value above {LARGEST_VALUE:g} in size")

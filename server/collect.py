@@ -16,7 +16,7 @@ from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instructions_to_records, payload_bytes, record_to_reply
-from protocol.tensors import Layout, NamedTensors
+from protocol.tensors import Layout, NamedTensors, check_values
 from server.arrivals import arrivals
 from server.cohort import Member
 from server.events import SiteReplied
@@ -172,6 +172,8 @@ def _verified(reply: Reply, site: str, instruction: Instruction, expected: Layou
     codec = build_codec(asked.plan.quantization)
     context = WireContext(asked.plan.run, asked.round, site, "up")
     decoded = replace(reply, tensors=codec.decode(reply.tensors, expected, context))
+    for name, tensor in decoded.tensors.items():
+        check_values(name, tensor)
     if asked.clip_norm is not None:
         # What decoding adds to a norm is no fault of the site; the sum takes it off again (`ClippedSum`).
         bound = asked.clip_norm * codec.norm_inflation(value_count(expected))

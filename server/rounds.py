@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 from conf.schema.experiment import Experiment
 from conf.schema.robust import replies_needed
 from conf.schema.strategy_rules import one_rank_because_of
-from protocol.errors import FederationError
+from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, LedgerName, Reply, client_plan
-from protocol.tensors import Layout, NamedTensors, digest, layout_of
+from protocol.tensors import Layout, NamedTensors, check_values, digest, layout_of
 from server.buffered import Collector, collector_for
 from server.checkpoint import Checkpoint, Heads
 from server.cohort import Member, enroll, of_full_rank
@@ -188,6 +188,7 @@ def _round(
     combined = protection.combined()
     spent = protection.commit()
     adapter, state = server.step(adapter, combined, state)
+    _check_adapter(adapter, round_number)
     aggregate_s = collected.aggregating_s + clock() - aggregating
 
     evaluating = clock()
@@ -313,6 +314,17 @@ def _check_quorum(collected: Collected, experiment: Experiment, round_number: in
         f"round {round_number} has {collected.accepted} valid replies and {collected.rejected} others, {bound}; the "
         "log names each site's reason"
     )
+
+
+def _check_adapter(adapter: NamedTensors, round_number: int) -> None:
+    """Refuse what no site would take; the checkpoint before it stays the newest."""
+    try:
+        for name, tensor in adapter.items():
+            check_values(name, tensor)
+    except ReplyRejected as problem:
+        raise FederationError(
+            f"round {round_number} left no usable adapter: {problem}; lower the learning rates, or choose a robust rule"
+        ) from problem
 
 
 def _evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from protocol.errors import ReplyRejected
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, check_values
 
 __all__ = ["prefixed", "verify_copies", "without_prefix"]
 
@@ -37,5 +37,4 @@ def verify_copies(copies: NamedTensors, adapter: NamedTensors, meaning: str) -> 
                 f"{meaning} of {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted.dtype} "
                 f"{tuple(wanted.shape)}",
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ReplyRejected("not_finite", f"{meaning} of {name} holds NaN or infinity")
+        check_values(f"{meaning} of {name}", tensor)

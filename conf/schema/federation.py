@@ -107,8 +107,9 @@ class Federation(Frozen):
         description="simulated sites only, and only with privacy=none: send the local training loss (real sites decide "
         "in their own site file). Under privacy use privacy.loss_noise_multiplier",
     )
-    site_ranks: tuple[int, ...] | None = Field(
+    site_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         default=None,
+        min_length=1,
         description="most LoRA rank of each simulated site, in the order of their names, from the start again when the "
         "list ends; null: peft.rank. Real sites set trained_rank",
     )

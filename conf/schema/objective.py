@@ -38,7 +38,7 @@ class FedDyn(Frozen):
     """Dynamic regularization (Acar et al. 2021, arXiv 2111.04263)."""
 
     kind: Literal["feddyn"] = "feddyn"
-    alpha: float = Field(default=0.01, gt=0, le=1e4, description="strength of the regularization")
+    alpha: float = Field(default=0.01, ge=1e-9, le=1e4, description="strength of the regularization")
 
 
 class QFedAvg(Frozen):

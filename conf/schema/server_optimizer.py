@@ -26,7 +26,7 @@ class FedAvgM(Frozen):
 class _Adaptive(Frozen):
     learning_rate: float = Field(default=0.1, gt=0, le=1e3)
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    tau: float = Field(default=1e-3, gt=0, description="added to the root of the second moment: how little it adapts")
+    tau: float = Field(default=1e-3, ge=1e-12, description="added to the second moment's root: how little it adapts")
 
 
 class FedAdagrad(_Adaptive):

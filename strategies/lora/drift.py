@@ -11,6 +11,7 @@ about the scaled moves from the server's adapter.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -25,6 +26,7 @@ __all__ = ["DRIFT", "Drift", "MeasuredMean", "trained_tensor"]
 
 DRIFT = "factor_drift"
 _DIRECTIONS = 4
+_DIRECTION_SEED = int.from_bytes(hashlib.sha256(b"directions of the drift").digest()[:7])
 
 
 class Drift:
@@ -35,7 +37,8 @@ class Drift:
         self.layers = lora_layers(frozenset(adapter))
         # Public directions, the same for layers of one width: each layer's estimate is unbiased by itself. They are
         # rows, and so are the products with them: BLAS takes several times as long for thin columns.
-        generator = torch.Generator().manual_seed(0)
+        # An adapter's own seed may be any small number, and its random factor must not be one of the directions.
+        generator = torch.Generator().manual_seed(_DIRECTION_SEED)
         widths = sorted({layer.read(adapter, torch.float32)[1].shape[1] for layer in self.layers})
         self._directions = {width: torch.randn(_DIRECTIONS, width, generator=generator) for width in widths}
         self._products: dict[str, torch.Tensor] = {}

@@ -220,6 +220,27 @@ def test_a_reply_that_does_not_decode_is_one_rejected_reply(tmp_path: Path) -> N
     assert outcomes == {SITES[0]: "malformed_payload", SITES[1]: ""}
 
 
+def enormous(instruction: Instruction, reply: Reply) -> Reply:
+    """Answer with values that every check of the payload passes, and that nothing after it can take."""
+    header = instruction.header
+    codec = build_codec(header.plan.quantization)
+    context = WireContext(header.plan.run, header.round, reply.header.site, "up")
+    encoded = codec.encode(
+        {name: torch.full_like(tensor, 1e29) for name, tensor in instruction.tensors.items() if "lora_B" in name},
+        context,
+        context.rounding(),
+    )
+    return replace(reply, tensors=encoded) if header.round == 1 else reply
+
+
+def test_values_that_no_training_gives_end_no_run(tmp_path: Path) -> None:
+    """Else they would be in the adapter, and the next change of it could not be encoded."""
+    overrides = ("quantization=eden", "quantization.downlink=same", "federation.rounds=3")
+    run = Run(tmp_path, *overrides, tamper=enormous)
+    outcomes = [(event["round"], event["code"]) for event in run.events if event.get("site") == SITES[0]]
+    assert outcomes == [(1, "not_finite"), (2, ""), (3, "")]
+
+
 @pytest.mark.parametrize(
     "quantization",
     [

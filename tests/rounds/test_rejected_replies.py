@@ -139,6 +139,7 @@ def crash(_: Reply) -> Reply:
     [
         (with_first_tensor(one_value(float("nan"))), "not_finite", "holds NaN or infinity"),
         (with_first_tensor(one_value(float("-inf"))), "not_finite", "holds NaN or infinity"),
+        (with_first_tensor(one_value(1e38)), "not_finite", "or a value above 1e+09 in size"),
         (with_first_tensor(lambda tensor: tensor.T.contiguous()), "wrong_shape", "has shape"),
         (with_first_tensor(lambda tensor: tensor[:1]), "wrong_shape", "has shape"),
         (with_first_tensor(lambda tensor: tensor.double()), "malformed_reply", "as F64, expected F32 or U8"),

@@ -14,6 +14,8 @@ CLIENT_LEVEL = ("privacy=client_level", "privacy.target_epsilon=null", "privacy.
     ("overrides", "problem"),
     [
         (("strategy=ravan", "peft.rank=6"), r"strategy\.heads=4 does not divide peft\.rank=6; use a rank of 4"),
+        (("federation.site_ranks=[8,0]",), "greater than or equal to 1"),
+        (("federation.site_ranks=[]",), "at least 1 item"),
         (
             ("strategy=fedex", "federation.site_ranks=[8,2]"),
             r"which strategy=fedex cannot combine; use one of ffa_lora,",

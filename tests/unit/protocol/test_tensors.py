@@ -30,6 +30,7 @@ def test_what_was_asked_for_passes() -> None:
         ({"b": torch.zeros(2, 3)}, "wrong_shape", r"b has shape \(2, 3\), expected \(3, 2\)"),
         ({"a": torch.zeros(0)}, "wrong_shape", r"a has shape \(0,\)"),
         ({"a": torch.tensor([0.0, float("nan"), 0, 0])}, "not_finite", "a holds NaN or infinity"),
+        ({"a": torch.tensor([0.0, -1.1e9, 0, 0])}, "not_finite", r"or a value above 1e\+09 in size"),
         ({"b": torch.full((3, 2), float("inf"))}, "not_finite", "b holds NaN or infinity"),
         ({"a": torch.tensor([0.0, 0, 0, float("-inf")])}, "not_finite", "a holds NaN or infinity"),
     ],

@@ -33,9 +33,9 @@ TINY = Grid(
     records=8,
     overrides=("evaluation.max_examples=4", "data.max_records=400", "data.max_length=48"),
 )
-LABELS = Labels("strategies", "clinics", "ffa_lora", "none", "", math.inf, "iid", 2, 0.008, 0)
+LABELS = Labels("strategies", "clinics", "ffa_lora", "none", "", math.inf, "iid", 2, 0.032, 0)
 LINE = Line(
-    "strategies", "clinics", "ffa_lora", "none", "", math.inf, "iid", 2, 0.008, 0,
+    "strategies", "clinics", "ffa_lora", "none", "", math.inf, "iid", 2, 0.032, 0,
     metric="perplexity", base=9.0, quality=4.0, bytes_up=1e6, bytes_down=3e6, values=500_000, updates=4,
     records=100.0, seconds=10.0, groups='{"north": 3.0, "south": 5.0}', digest="d",
 )  # fmt: skip

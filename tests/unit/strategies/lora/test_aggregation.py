@@ -10,7 +10,7 @@ import torch
 from conf.schema.federation import LocalTraining
 from protocol.errors import ReplyRejected
 from strategies.base import Contribution, LocalStart
-from strategies.lora.drift import DRIFT, MeasuredMean
+from strategies.lora.drift import DRIFT, Drift, MeasuredMean
 from strategies.lora.factors import cut
 from strategies.lora.fedex import fedex
 from strategies.lora.fedit import fedit
@@ -294,3 +294,13 @@ def test_a_site_refuses_an_offset_that_does_not_fit(
     with pytest.raises(ReplyRejected) as caught:
         client.verify_extras(tensors, adapter)
     assert caught.value.code == code
+
+
+def test_the_directions_of_the_drift_are_no_seeds_initial_factor() -> None:
+    """A factor that is drawn like a direction would make an estimate blind to what lies across it."""
+    width, rank = 48, 4
+    adapter = {"m.lora_A.weight": torch.zeros(rank, width), "m.lora_B.weight": torch.zeros(5, rank)}
+    directions = torch.nn.functional.normalize(Drift(adapter)._directions[width], dim=1)
+    for seed in range(100):
+        factor = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed))
+        assert float((directions @ torch.nn.functional.normalize(factor, dim=1).T).abs().max()) < 0.8

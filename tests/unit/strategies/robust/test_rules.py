@@ -173,6 +173,17 @@ def test_the_geometric_median_breaks_down_at_one_half(drawn: tuple[int, list[np.
     assert np.linalg.norm(result - center) <= 2 * (1 - share) / (1 - 2 * share) * radius * 1.05 + 1e-2
 
 
+@pytest.mark.parametrize(("count", "attackers"), [(7, 3), (11, 5), (21, 10), (7, 1)])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e9])
+def test_no_attack_outlasts_the_iterations_that_are_set(count: int, attackers: int, size: float) -> None:
+    """As it is set, and however far away they are: a large enough update must not pull for 32 iterations."""
+    generator = np.random.default_rng(count)
+    honest = [generator.normal(size=10) for _ in range(count - attackers)]
+    found = flat(combine(schema.GeometricMedian(), updates_of([*honest, *[np.full(10, size)] * attackers]), adapter()))
+    spread = max(float(np.linalg.norm(each - np.mean(honest, axis=0))) for each in honest)
+    assert float(np.linalg.norm(found - np.mean(honest, axis=0))) <= 3 * spread
+
+
 def test_the_geometric_median_minimizes_the_sum_of_distances() -> None:
     generator = np.random.default_rng(3)
     points = [generator.normal(size=10) for _ in range(9)]
