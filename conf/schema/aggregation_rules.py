@@ -34,11 +34,8 @@ __all__ = [
     "root_needs_held_out_records",
 ]
 
-ADDING_STRATEGIES: tuple[str, ...] = tuple(
-    variant.model_fields["kind"].default
-    for variant in STRATEGY_VARIANTS
-    if variant.is_linear and not variant.turns_coordinates
-)
+_ADDING = tuple(variant for variant in STRATEGY_VARIANTS if variant().adds)
+ADDING_STRATEGIES: tuple[str, ...] = tuple(variant.model_fields["kind"].default for variant in _ADDING)
 """Kinds whose server adds the mean update to the adapter: a coordinate means the same in every round and at every
 site, so that momentum makes sense."""
 
@@ -104,11 +101,7 @@ def equal_ranks_to_compare(experiment: Experiment) -> str | None:
 
 def _kinds(fits: Callable[[Any], bool]) -> str:
     """Return the adding strategies that fit, as a message lists them."""
-    return " or ".join(
-        variant.model_fields["kind"].default
-        for variant in STRATEGY_VARIANTS
-        if variant.is_linear and not variant.turns_coordinates and fits(variant)
-    )
+    return " or ".join(variant.model_fields["kind"].default for variant in _ADDING if fits(variant))
 
 
 def one_server_step(experiment: Experiment) -> str | None:

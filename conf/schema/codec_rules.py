@@ -77,7 +77,7 @@ def fed_back_changes_need_a_sum(experiment: Experiment) -> str | None:
     quantization, strategy = experiment.quantization, experiment.strategy
     if not isinstance(quantization, SignSGD | TopK) or not quantization.error_feedback:
         return None
-    if quantization.downlink == "none" or (strategy.is_linear and not strategy.turns_coordinates):
+    if quantization.downlink == "none" or strategy.adds:
         return None
     return (
         "quantization.downlink=same with error feedback needs a strategy that sums updates of the same values in every "

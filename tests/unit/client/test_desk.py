@@ -23,6 +23,7 @@ from protocol.records import instruction_to_record, record_to_reply
 from protocol.refusals import REFUSALS
 
 Make = Callable[..., Any]
+SlowDesk = tuple[Desk, threading.Event, threading.Event]
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 """A Monday, long before any ledger of these tests is written."""
 
@@ -220,10 +221,9 @@ def test_a_disk_that_is_full_does_not_lose_an_answer(
     assert "the reply could not be stored" in caplog.text
 
 
-def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
-    desk_of: Make, small: Make, instruct: Make
-) -> None:
-    """A server that was killed and resumed asks so; `busy` would leave the site out of a round that it paid for."""
+@pytest.fixture
+def slow_desk(desk_of: Make) -> SlowDesk:
+    """A desk whose work tells that it began, and goes on when it is told."""
     desk, site = desk_of()
     began, go_on, handle = threading.Event(), threading.Event(), site.handle
 
@@ -233,6 +233,14 @@ def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
         return handle(instruction)
 
     site.handle = slow
+    return desk, began, go_on
+
+
+def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
+    slow_desk: SlowDesk, small: Make, instruct: Make
+) -> None:
+    """A server that was killed and resumed asks so; `busy` would leave the site out of a round that it paid for."""
+    desk, began, go_on = slow_desk
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, desk, instruct(small()))
         try:
@@ -249,16 +257,8 @@ def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
     assert all(torch.equal(once.tensors[name], again.tensors[name]) for name in once.tensors)
 
 
-def test_whoever_waits_for_an_answer_is_told_of_a_stop(desk_of: Make, small: Make, instruct: Make) -> None:
-    desk, site = desk_of()
-    began, go_on, handle = threading.Event(), threading.Event(), site.handle
-
-    def slow(instruction: Instruction) -> Reply:
-        began.set()
-        assert go_on.wait(60)
-        return handle(instruction)
-
-    site.handle = slow
+def test_whoever_waits_for_an_answer_is_told_of_a_stop(slow_desk: SlowDesk, small: Make, instruct: Make) -> None:
+    desk, began, go_on = slow_desk
     with ThreadPoolExecutor(2) as pool:
         pool.submit(ask, desk, instruct(small()))
         assert began.wait(60)
