@@ -14,6 +14,8 @@ __all__ = ["LARGEST", "FlatReader", "FlatWriter"]
 
 LARGEST = 1e30
 """Sums and squares of 2^14 values below it stay within float32's and float64's range."""
+_SMALLEST = 2.0**-116
+"""What is smaller is sent as zero: scales of subnormal numbers have few digits, and inverses beyond float32."""
 
 
 class FlatReader:
@@ -26,6 +28,8 @@ class FlatReader:
 
     def read(self, count: int) -> torch.Tensor:
         """Return the next values, float32; `count` of them, zeros where the tensors end before. A copy.
+
+        Values below 2⁻¹¹⁶ in size are read as zero.
 
         Raises:
             ValueError: a value is NaN, infinite or above `LARGEST`.
@@ -43,7 +47,7 @@ class FlatReader:
         # Written so that NaN fails it.
         if count and not (float(values.max()) <= LARGEST and float(values.min()) >= -LARGEST):
             raise ValueError(f"cannot encode values that are not finite, or above {LARGEST:g} in size")
-        return values
+        return torch.nn.functional.hardshrink(values, _SMALLEST)
 
 
 class FlatWriter:

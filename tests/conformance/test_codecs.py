@@ -35,6 +35,13 @@ quantized = pytest.mark.parametrize(
     "codec", [codec for codec in CODECS_UNDER_TEST if codec.bits_per_value < 32], ids=repr
 )
 unbiased = pytest.mark.parametrize("codec", [codec for codec in CODECS_UNDER_TEST if codec.is_unbiased], ids=repr)
+unbiased_with_errors = pytest.mark.parametrize(
+    "codec", [codec for codec in CODECS_UNDER_TEST if codec.is_unbiased and codec.bits_per_value < 32], ids=repr
+)
+fits_its_step = pytest.mark.parametrize(
+    "codec", [codec for codec in CODECS_UNDER_TEST if codec.bits_per_value < 32 and not codec.is_summable], ids=repr
+)
+"""Not the summable ones, whose step is a public constant."""
 
 LARGE = {"b.lora_B": (1500, 16), "a.lora_A": (16, 5000), "head": (101,), "empty": (0, 3)}
 SMALL = {"b": (3, 5), "a": (7,), "scalar": ()}
@@ -151,11 +158,19 @@ def test_the_norm_of_odd_vectors_too(codec: Codec, values: list[float], number: 
     assert decoded <= codec.norm_inflation(len(values)) * (1 + 1e-5)
 
 
-@unbiased
+@quantized
+@pytest.mark.parametrize("size", [1e-45, 1.5e-42, 1e-38, 1e-36, 1e-34])
+def test_the_norm_of_next_to_nothing_stays_so(codec: Codec, size: float) -> None:
+    """Subnormal scales have a few bits, and their inverses are infinite."""
+    tensors = {"x": torch.tensor([size, 0.0, -size, size / 3] * 20)}
+    decoded = through(codec, tensors)
+    assert bool(torch.isfinite(decoded["x"]).all())
+    assert norm(decoded) <= max(codec.norm_inflation(80) * norm(tensors) * (1 + 1e-2), 1e-37)
+
+
+@unbiased_with_errors
 def test_the_error_of_a_mean_of_n_falls_as_one_over_n(codec: Codec) -> None:
     """Unbiased, with independent randomness by site: 64 sites that send the same tensors err 1/64 as much as one."""
-    if codec.bits_per_value == 32:
-        pytest.skip("exact")
     tensors, sites = tensors_of({"x": (70, 100)}, 5), 64
     total, single = torch.zeros(70, 100, dtype=torch.float64), 0.0
     for number in range(sites):
@@ -167,22 +182,18 @@ def test_the_error_of_a_mean_of_n_falls_as_one_over_n(codec: Codec) -> None:
     assert of_mean / (single / sites) == pytest.approx(1, rel=0.15)
 
 
-@every_codec
+@quantized
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
 def test_what_is_not_finite_is_never_sent_in_disguise(codec: Codec, bad: float) -> None:
     tensors = {"x": torch.tensor([1.0, bad, 0.0])}
-    if codec.bits_per_value == 32:
-        return  # travels as it is, and `verify` finds it
     with pytest.raises(ValueError, match=r"cannot encode values that are not finite, or above 1e\+30 in size"):
         codec.encode(tensors, context(), context().rounding())
 
 
-@quantized
+@fits_its_step
 @pytest.mark.parametrize("exponent", [-80, -20, 83])
 def test_the_size_of_values_does_not_matter(codec: Codec, exponent: int) -> None:
     """A power of two scales what is decoded, and nothing else."""
-    if codec.is_summable:
-        pytest.skip("its step is a public constant")
     tensors = tensors_of({"x": (4000,)}, 1)
     scaled = {"x": tensors["x"] * 2.0**exponent}
     assert torch.equal(through(codec, scaled)["x"], through(codec, tensors)["x"] * 2.0**exponent)
