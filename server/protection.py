@@ -110,7 +110,7 @@ def protection_for(
     privacy = experiment.privacy
     if not isinstance(privacy, ClientLevel):
         return NoProtection(experiment, members)
-    if not strategy.is_linear:
+    if strategy.sensitivity != "weighted_clip_norm" or not strategy.post_processes_sum:
         raise PrivacyError(
             f"strategy={experiment.strategy.kind} is no weighted sum of updates, so what one site can change is not "
             "bounded by its clip norm; use privacy=client_level with strategy=ffa_lora or fedit"

@@ -8,9 +8,9 @@ optimizers, robust rules and local objectives wrap one half and leave the rest (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -25,6 +25,7 @@ __all__ = [
     "LocalRound",
     "LocalStart",
     "Names",
+    "Sensitivity",
     "ServerHalf",
     "ServerState",
     "Strategy",
@@ -34,6 +35,9 @@ __all__ = [
 Names = frozenset[str]
 TensorRule = Callable[[Names, int], Names]
 """From the adapter's tensor names and the round (from 1) to the names chosen."""
+Sensitivity = Literal["weighted_clip_norm", "unbounded"]
+"""What a site whose update was cut to the clip norm changes at most of the sum, in L2 norm over all that is uploaded: its
+weight times the clip norm, or nothing that is known, and client-level privacy is refused."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,10 @@ class Strategy:
 
     is_linear: bool
     """Whether the combined update is a weighted sum of the updates, so that it could be computed under encryption."""
+    sensitivity: Sensitivity
+    post_processes_sum: bool
+    """Whether what the server does next needs the sum of the updates alone: with noise on that sum it is
+    post-processing, and costs nothing. Otherwise it reads every update, and client-level privacy is refused."""
     server: ServerHalf
     client: ClientHalf
     trained: TensorRule
@@ -192,3 +200,7 @@ class Strategy:
     """Whether sites may train at lower ranks than the plan's, each on a cut of the factors."""
     initial: Callable[[NamedTensors], NamedTensors] = lambda adapter: adapter
     """From the adapter as PEFT initializes it to the one before round 1."""
+
+    def with_server(self, server: ServerHalf) -> Strategy:
+        """Return this strategy with a server half that makes another thing of the updates than their sum."""
+        return replace(self, is_linear=False, sensitivity="unbounded", post_processes_sum=False, server=server)

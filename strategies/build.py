@@ -80,7 +80,7 @@ def _optimized(strategy: Strategy, config: schema.Strategy) -> Strategy:
 def _robust(strategy: Strategy, config: schema.Strategy) -> Strategy:
     if isinstance(config.robust, NoRobustness):
         return strategy
-    return replace(strategy, is_linear=False, server=RobustServer(strategy.server, config.robust))
+    return strategy.with_server(RobustServer(strategy.server, config.robust))
 
 
 def _with_objective(strategy: Strategy, config: schema.Strategy) -> Strategy:
@@ -91,13 +91,13 @@ def _with_objective(strategy: Strategy, config: schema.Strategy) -> Strategy:
         case objectives.FedProx():
             return replace(strategy, client=ProximalClient(client, chosen.mu))
         case objectives.FedNova():
-            return replace(strategy, is_linear=False, server=NormalizedServer(server))
+            return strategy.with_server(NormalizedServer(server))
         case objectives.QFedAvg():
-            return replace(strategy, is_linear=False, server=FairServer(server, chosen.q))
+            return strategy.with_server(FairServer(server, chosen.q))
         case objectives.Scaffold():
             server, client = ScaffoldServer(server), ScaffoldClient(client)
         case objectives.FedDyn():
             server, client = DynamicServer(server, chosen.alpha), DynamicClient(client, chosen.alpha)
         case _:
             assert_never(chosen)
-    return replace(strategy, is_linear=False, has_memory=True, server=server, client=client)
+    return replace(strategy.with_server(server), has_memory=True, client=client)

@@ -29,6 +29,8 @@ def fedsb() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(),
         client=PlainClient(),
         trained=_cores,
@@ -46,6 +48,8 @@ def ravan() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(),
         client=_Absorbing(),
         trained=_cores_and_scales,

@@ -25,6 +25,8 @@ def fedex() -> Strategy:
     """
     return Strategy(
         is_linear=False,
+        sensitivity="unbounded",
+        post_processes_sum=False,
         server=FoldingServer(_Residual),
         client=FoldingClient(),
         trained=everything,

@@ -18,6 +18,8 @@ def fedit() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(MeasuredMean),
         client=PlainClient(),
         trained=everything,

@@ -25,6 +25,8 @@ def fedrot() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(MeasuredMean),
         client=Aligning(),
         trained=everything,

@@ -21,6 +21,8 @@ def fedsa() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(),
         client=PersonalFactor(),
         trained=everything,

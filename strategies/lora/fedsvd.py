@@ -22,6 +22,8 @@ def fedsvd() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=_TurnedBasis(),
         client=PlainClient(),
         trained=without_random_factors,

@@ -18,6 +18,8 @@ def ffa_lora() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(),
         client=PlainClient(),
         trained=without_random_factors,

@@ -27,6 +27,8 @@ def flasc(download_density: float, upload_density: float) -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=_SparseDownload(density=download_density),
         client=_SparseUpload(upload_density),
         trained=everything,

@@ -22,6 +22,8 @@ def flexlora() -> Strategy:
     """
     return Strategy(
         is_linear=False,
+        sensitivity="unbounded",
+        post_processes_sum=False,
         server=Averaging(_best),
         client=PlainClient(),
         trained=everything,

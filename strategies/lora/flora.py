@@ -22,6 +22,8 @@ def flora() -> Strategy:
     """
     return Strategy(
         is_linear=False,
+        sensitivity="unbounded",
+        post_processes_sum=False,
         server=FoldingServer(_stacked),
         client=FoldingClient(),
         trained=everything,

@@ -27,6 +27,8 @@ def hetlora() -> Strategy:
     """
     return Strategy(
         is_linear=False,
+        sensitivity="unbounded",
+        post_processes_sum=False,
         server=Averaging(_NormWeighted),
         client=PlainClient(),
         trained=everything,

@@ -18,6 +18,8 @@ def rolora() -> Strategy:
     """
     return Strategy(
         is_linear=True,
+        sensitivity="weighted_clip_norm",
+        post_processes_sum=True,
         server=Averaging(),
         client=PlainClient(),
         trained=_turn,

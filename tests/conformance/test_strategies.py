@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from conf.schema import strategy as schema
 from conf.schema.federation import LocalTraining
@@ -22,7 +22,10 @@ from strategies.lora.factors import cut
 
 VARIANTS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(schema.Strategy)[0])
 STRATEGIES_BUILT = [build_strategy(variant()) for variant in VARIANTS]  # type: ignore[call-arg, arg-type]
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES_BUILT, ids=[each.__name__ for each in VARIANTS])
+NAMED = [pytest.param(each, id=variant.__name__) for each, variant in zip(STRATEGIES_BUILT, VARIANTS, strict=True)]
+every_strategy = pytest.mark.parametrize("strategy", NAMED)
+summing = pytest.mark.parametrize("strategy", [each for each in NAMED if each.values[0].is_linear])  # type: ignore[union-attr]
+not_summing = pytest.mark.parametrize("strategy", [each for each in NAMED if not each.values[0].is_linear])  # type: ignore[union-attr]
 RANK = 4
 SHAPES = {
     f"base_model.model.{name}": shape
@@ -124,6 +127,15 @@ def combined(strategy: Strategy, updates: list[NamedTensors], weights: list[floa
     return aggregator.result()
 
 
+def length(tensors: NamedTensors) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def clipped(update: NamedTensors, clip_norm: float) -> NamedTensors:
+    factor = min(1.0, clip_norm / length(update))
+    return {name: tensor * factor for name, tensor in update.items()}
+
+
 def stepped(strategy: Strategy, update: NamedTensors) -> NamedTensors:
     adapter = adapter_of(strategy)
     return strategy.server.step(adapter, update, strategy.server.init(adapter))[0]
@@ -194,12 +206,10 @@ def test_every_adapted_layer_keeps_a_factor_that_can_leave_zero(strategy: Strate
     assert movers <= trained
 
 
-@every_strategy
+@summing
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 999), st.floats(1e-3, 1e6)), min_size=1, max_size=6))
 def test_a_linear_strategy_is_a_weighted_sum(strategy: Strategy, replies: list[tuple[int, float]]) -> None:
-    if not strategy.is_linear:
-        pytest.skip("makes no such promise")
     names = strategy.uploaded(names_of(strategy), 1)
     updates, weights = [random_tensors(strategy, seed, names) for seed, _ in replies], [weight for _, weight in replies]
     shares = [weight / math.fsum(weights) for weight in weights]
@@ -208,6 +218,62 @@ def test_a_linear_strategy_is_a_weighted_sum(strategy: Strategy, replies: list[t
         for name in names
     }
     assert_near(combined(strategy, updates, weights), expected)
+
+
+@summing
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 999), st.floats(0.1, 10)), min_size=2, max_size=6), st.floats(0.01, 100))
+def test_one_site_changes_a_sum_by_its_clip_norm_at_most(
+    strategy: Strategy, replies: list[tuple[int, float]], clip_norm: float
+) -> None:
+    assert strategy.sensitivity == "weighted_clip_norm"
+    names = strategy.uploaded(names_of(strategy), 1)
+    updates = [clipped(random_tensors(strategy, seed, names), clip_norm) for seed, _ in replies]
+    weights = [weight for _, weight in replies]
+    with_it, without = (
+        {name: value.double() * sum(some) for name, value in combined(strategy, of, some).items()}
+        for of, some in ((updates, weights), (updates[1:], weights[1:]))
+    )
+    assert length({name: with_it[name] - without[name] for name in names}) <= weights[0] * clip_norm * (1 + 1e-3)
+
+
+@every_strategy
+def test_the_step_needs_the_sum_alone_where_it_says_so(strategy: Strategy) -> None:
+    """Two sites that differ, and two that agree on the mean of both: one sum, and so one next adapter."""
+    names = strategy.uploaded(names_of(strategy), 1)
+    mean, apart = (random_tensors(strategy, seed, names) for seed in (1, 2))
+    differing = [{name: mean[name] + sign * apart[name] for name in names} for sign in (1, -1)]
+    first, second = (
+        effect(stepped(strategy, combined(strategy, updates, [1.0, 1.0]))) for updates in (differing, [mean, mean])
+    )
+    same = all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-4) for name in first)
+    assert same == strategy.post_processes_sum
+
+
+@not_summing
+def test_what_is_no_sum_has_no_known_sensitivity(strategy: Strategy) -> None:
+    assert strategy.sensitivity == "unbounded"
+    assert not strategy.post_processes_sum
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "sums"),
+    [
+        ("server_optimizer=fedadam", True),
+        ("objective=fedprox", True),
+        ("objective=fednova", False),
+        ("objective=qfedavg", False),
+        ("objective=scaffold", False),
+        ("objective=feddyn", False),
+        ("robust=median", False),
+    ],
+)
+def test_a_wrapper_tells_whether_a_sum_is_left(wrapped: str, sums: bool) -> None:
+    group, _, kind = wrapped.partition("=")
+    config = TypeAdapter(schema.Strategy).validate_python({"kind": "fedit", group: {"kind": kind}})
+    strategy = build_strategy(config)
+    assert (strategy.is_linear, strategy.post_processes_sum) == (sums, sums)
+    assert strategy.sensitivity == ("weighted_clip_norm" if sums else "unbounded")
 
 
 @every_strategy

@@ -29,9 +29,13 @@ def protection(path: Path, strategy: Any = None) -> ClientLevelProtection:
     return made
 
 
-def test_a_strategy_that_is_no_sum_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sensitivity", "post_processes_sum"), [("unbounded", True), ("weighted_clip_norm", False), ("unbounded", False)]
+)
+def test_a_strategy_that_is_no_sum_is_refused(tmp_path: Path, sensitivity: str, post_processes_sum: bool) -> None:
+    strategy = SimpleNamespace(sensitivity=sensitivity, post_processes_sum=post_processes_sum)
     with pytest.raises(PrivacyError, match=r"strategy=ffa_lora is no weighted sum of updates, .* its clip norm"):
-        protection(tmp_path, SimpleNamespace(is_linear=False))
+        protection(tmp_path, strategy)
 
 
 def test_nothing_is_released_that_was_not_reserved(tmp_path: Path) -> None:
