@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from scipy.optimize import root_scalar
 
 from privacy.accounting import ACCOUNTANT, accountant_of, epsilon_of
-from privacy.loss_distributions import epsilon_on_grid, pld_epsilon
+from privacy.loss_distributions import foretold_epsilon
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
@@ -22,12 +22,13 @@ _LOWEST, _AIM, _HIGHEST = 0.999, 0.9993, 0.9996
 """What part of the target may be reached. The rest is for the grid: ε of a part of the run may be discretized a little
 more coarsely than ε of the whole, by 0.03 %, and a ledger whose budget is the target must let every part pass."""
 
-_STRIDE, _SLOPE_STRIDE = 1.25, 1.1
 _USUAL_SLOPE = -1.5
-_SEARCH_GRID, _SEARCHED_FROM = 1e-2, 0.5
-"""One coarse grid, and the ε from which a search on it pays; a smaller one it overstates so much that it misleads."""
-_SEARCH_TOLERANCE = 0.05
-"""Between grids, for a smaller ε."""
+"""Of ln ε in ln σ, at usual rates; far steeper where steps are few and rarely drawn."""
+_STRIDE = 0.35
+"""At most, in ln σ: far from the answer a slope says little."""
+_STAGES = ((0.05, 0.02), (0.01, 2e-4))
+"""How closely ε is foretold, and how near to the aim: first for a rough search, then for one that hardly ever has to be
+mended by the ε that is stated, which takes much longer."""
 
 
 def is_reachable(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> bool:
@@ -55,19 +56,16 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
             f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
             "or fewer steps"
         )
-    aim, start = _AIM * target_epsilon, _central_limit(target_epsilon, delta, mechanism)
-    coarse = accountant_of([mechanism]) == ACCOUNTANT
-    cost = _searched(mechanism, delta, aim) if coarse else stated
-    bracket = _bracket(cost, aim, start)
-    if bracket is None:  # a coarse grid overstates an ε next to what the most noise reaches
-        cost, bracket = stated, (_LEAST, _MOST)
-    low, high = bracket
-    if low == high:
-        return _LEAST
-    if cost is not stated:
-        near = _root(cost, low, high, aim)
-        return _refined(stated, near, target_epsilon, _slope(cost, near))
-    return _refined(stated, math.sqrt(low * high), target_epsilon, _USUAL_SLOPE, low, high)
+    aim = _AIM * target_epsilon
+    noise, slope = _central_limit(target_epsilon, delta, mechanism), _USUAL_SLOPE
+    if accountant_of([mechanism]) == ACCOUNTANT:
+        for tolerance, near in _STAGES:
+
+            def foretold(noise: float, tolerance: float = tolerance) -> float:
+                return foretold_epsilon((replace(mechanism, noise_multiplier=noise),), delta, tolerance)
+
+            noise, slope = _solved(foretold, noise, slope, (1 - near) * aim, aim, (1 + near) * aim)
+    return _solved(stated, noise, slope, _LOWEST * target_epsilon, aim, _HIGHEST * target_epsilon)[0]
 
 
 def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:
@@ -85,84 +83,30 @@ def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGau
     return min(max(math.log1p(signal) ** -0.5, _LEAST), _MOST)
 
 
-def _searched(mechanism: SubsampledGaussian, delta: float, aim: float) -> Callable[[float], float]:
-    """Return ε as a function of the noise: quick, a few percent too large, remembered."""
+def _solved(
+    cost: Callable[[float], float], noise: float, slope: float, lowest: float, aim: float, highest: float
+) -> tuple[float, float]:
+    """Return noise near `noise` whose cost lies between `lowest` and `highest`, and d ln ε / d ln σ there.
 
-    @cache
-    def cost(noise: float) -> float:
-        noised = (replace(mechanism, noise_multiplier=noise),)
-        if aim >= _SEARCHED_FROM:
-            return epsilon_on_grid(noised, delta, _SEARCH_GRID)
-        return pld_epsilon(noised, delta, tolerance=_SEARCH_TOLERANCE)
-
-    return cost
-
-
-def _slope(cost: Callable[[float], float], noise: float) -> float:
-    """Return d ln ε / d ln σ, about: -1.5 at usual rates, far steeper where steps are few and rarely drawn."""
-    fewer, more = noise / _SLOPE_STRIDE, noise * _SLOPE_STRIDE
-    measured = math.log(max(cost(more), 1e-12) / max(cost(fewer), 1e-12)) / math.log(more / fewer)
-    return measured if _is_slope(measured) else _USUAL_SLOPE
-
-
-def _is_slope(measured: float) -> bool:
-    return -20 < measured < -0.5
-
-
-def _bracket(cost: Callable[[float], float], aim: float, start: float) -> tuple[float, float] | None:
-    """Return two noise multipliers with the answer between them; the least one twice where it is enough; else None.
-
-    Walks from `start`: an evaluation costs about 1/σ², so the least noise is looked at only when nothing else is left.
+    Secant steps in (ln σ, ln ε), which is nearly a line, kept between the most noise known to be too little and the
+    least known to be enough. The least noise is returned where it is enough, the most where nothing is.
     """
-    low = high = start
-    while cost(high) > aim:
-        if high == _MOST:
-            return None
-        low, high = high, min(high * _STRIDE, _MOST)
-    if low < high:
-        return low, high
-    while low > _LEAST and cost(low) <= aim:
-        low, high = max(low / _STRIDE, _LEAST), low
-    if low > _LEAST:
-        return low, high
-    return (_LEAST, _LEAST) if cost(_LEAST) <= aim else (_LEAST, high)
-
-
-def _root(cost: Callable[[float], float], low: float, high: float, aim: float) -> float:
-    """Return about the noise at which `cost` is the aim: ln ε is nearly linear in ln σ."""
-
-    def excess(log_noise: float) -> float:
-        # Far too much noise costs 0 exactly; the logarithm needs a floor.
-        return math.log(max(cost(math.exp(log_noise)), 1e-12) / aim)
-
-    return math.exp(root_scalar(excess, method="brentq", bracket=(math.log(low), math.log(high)), xtol=1e-3).root)
-
-
-def _refined(
-    stated: Callable[[float], float],
-    noise: float,
-    target_epsilon: float,
-    slope: float,
-    too_little: float = _LEAST,
-    enough: float = 2 * _MOST,
-) -> float:
-    """Return noise near `noise` whose stated ε lies in the accepted part of the target.
-
-    Secant steps in (ln σ, ln ε), kept between the most noise known to be too little and the least known to be enough.
-    """
-    goal = math.log(_AIM * target_epsilon)
-    height = math.log(max(stated(noise), 1e-12))
-    while not math.log(_LOWEST * target_epsilon) <= height <= math.log(_HIGHEST * target_epsilon):
-        if height > goal:
+    too_little, enough = 0.0, math.inf
+    before: tuple[float, float] | None = None
+    while True:
+        height = max(cost(noise), 1e-12)  # far too much noise costs 0 exactly
+        if before is not None:
+            measured = math.log(height / before[1]) / math.log(noise / before[0])
+            slope = measured if -20 < measured < -0.5 else slope
+        if lowest <= height <= highest or noise == (_LEAST if height < lowest else _MOST):
+            return noise, slope
+        if height > highest:
             too_little = noise
         else:
             enough = noise
         if enough <= too_little * (1 + 1e-9):  # ε leaps over the accepted part: stay on the safe side of the leap
-            return enough
-        step = noise * math.exp((goal - height) / slope)
-        following = step if too_little < step < enough else math.sqrt(too_little * enough)
-        risen = math.log(max(stated(following), 1e-12))
-        measured = (risen - height) / math.log(following / noise)
-        slope = measured if _is_slope(measured) else slope
-        noise, height = following, risen
-    return noise
+            return enough, slope
+        before = noise, height
+        stride = math.exp(max(-_STRIDE, min((math.log(aim) - math.log(height)) / slope, _STRIDE)))
+        step = min(max(noise * stride, _LEAST), _MOST)
+        noise = step if too_little < step < enough else math.sqrt(too_little * enough)
