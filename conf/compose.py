@@ -48,7 +48,7 @@ def compose_experiment(overrides: Sequence[str] = ()) -> Experiment:
     wrong = {id(override): problem for override in parsed if (problem := _unknown_group_member(override))}
     wrong |= {id(override): problem for override in parsed if (problem := _beside_its_package(override))}
     problems += wrong.values()
-    usable = [override for override in parsed if id(override) not in wrong]
+    usable = [override for override in parsed if id(override) not in wrong and not _chooses_nothing(override)]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIRECTORY)):
             composed = compose("config", overrides=list(_forgiving(usable)))
@@ -113,16 +113,27 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     return parsed, problems
 
 
+def _chooses_nothing(override: Override) -> bool:
+    """Whether this is `experiment=null`: Hydra knows it in a file, and not on the command line."""
+    return override.key_or_group == "experiment" and override.value() is None
+
+
 def _unknown_group_member(override: Override) -> str | None:
-    folder = CONFIG_DIRECTORY / override.key_or_group.lstrip("/")
-    choice = override.value()
-    if override.is_delete() or not isinstance(choice, str) or not folder.is_dir() or folder.name == "schema":
+    group, choice = override.key_or_group, override.value()
+    members = _members(group)
+    if override.is_delete() or not members or choice in members or _chooses_nothing(override):
         return None
-    members = sorted(path.stem for path in folder.glob("*.yaml"))
-    if choice in members:
-        return None
-    known = f"choose one of {', '.join(members)}{_nearest(choice, members)}"
-    return f"{override.key_or_group}={choice} does not exist; {known}"
+    known = f"choose one of {', '.join(members)}"
+    if isinstance(choice, str):
+        return f"{group}={choice} does not exist; {known}{_nearest(choice, members)}"
+    return (
+        f"{override.input_line or group} names no member of the group {group}; {known}, and set its values one by one"
+    )
+
+
+def _members(group: str) -> list[str]:
+    """Return the members of a group; none where it is no group."""
+    return sorted(path.stem for path in (CONFIG_DIRECTORY / group.lstrip("/")).glob("*.yaml"))
 
 
 def _beside_its_package(override: Override) -> str | None:
@@ -147,8 +158,7 @@ def _forgiving(overrides: Iterable[Override]) -> Iterable[str]:
     cleared, lines = set[str](), list[str]()
     for override in overrides:
         line = override.input_line or ""
-        is_group = (CONFIG_DIRECTORY / override.key_or_group.lstrip("/")).is_dir()
-        if is_group or override.is_delete() or override.is_add() or override.is_force_add():
+        if _members(override.key_or_group) or override.is_delete() or override.is_add() or override.is_force_add():
             lines.append(line)
             continue
         value = override.value()

@@ -54,6 +54,19 @@ def test_a_mistyped_key_is_never_silently_added() -> None:
     assert "federation.local.stepz is not a known key; did you mean steps?" in problems("+federation.local.stepz=3")
 
 
+@pytest.mark.parametrize(
+    "line", ["quantization=null", "quantization={kind:eden,bits:2}", "quantization=[eden]", "quantization=2"]
+)
+def test_a_group_takes_the_name_of_a_member_and_nothing_else(line: str) -> None:
+    text = problems(line, "peft.rank=0")
+    assert f"{line} names no member of the group quantization; choose one of bf16, eden, fp16" in text
+    assert "peft.rank=0: input should be greater" in text
+
+
+def test_no_experiment_can_be_chosen_by_name() -> None:
+    assert compose_experiment(["experiment=null"]) == compose_experiment()
+
+
 def test_an_unknown_variant_lists_the_family() -> None:
     text = problems("federation.local.optimizer.kind=adam")
     assert "federation.local.optimizer.kind=adam does not exist; choose one of 'sgd', 'adamw'" in text
