@@ -186,12 +186,15 @@ def round_rule(
 
 
 def _most_units(job: TrainingJob) -> int | None:
-    """Return how many units' gradients fit into the site's memory at once; None where it sets no limit."""
+    """Return how many units' gradients fit into the site's memory at once, a unit having as many records as the plan
+    allows; None where the site sets no limit.
+    """
     if job.file.memory_mib is None or not job.privacy.is_private:
         return None
     sizes = {name: parameter.numel() for name, parameter in job.adapted.parameters.items()}
     trained = sum(sizes[name] for name in job.trained_names)
-    return max(1, examples_that_fit(sum(sizes.values()), trained, job.file.memory_mib << 20))
+    records = job.asked.max_records_per_user if isinstance(job.asked, UserLevel) else 1
+    return max(1, examples_that_fit(sum(sizes.values()), trained, job.file.memory_mib << 20) // records)
 
 
 def _fingerprint(examples: Sequence[Example], units: Units) -> str:

@@ -16,7 +16,8 @@ AdamW's two moments                                                             
 
 An example's gradient is there once, and once more where the records of a user are summed. That is the most that a plan
 can ask for at a rank: every linear layer, both factors, private, AdamW. So the rank that fits is known before any plan,
-and tells nothing but what the site says of its memory.
+and tells nothing but what the site says of its memory. One user's records are held at once whatever fits, up to the
+plan's `privacy.max_records_per_user`.
 """
 
 from __future__ import annotations

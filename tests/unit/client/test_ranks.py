@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from client.site import Site
-from finetuning.memory import rank_that_fits
+from finetuning.loop import train_locally
+from finetuning.memory import examples_that_fit, rank_that_fits
 from protocol.errors import SiteRefusal
 from protocol.instructions import client_plan
 
@@ -55,6 +56,36 @@ def test_a_plan_that_adapts_more_than_the_linear_layers_is_measured_itself(
     assert with_memory(site, 3)._adapted(plan).config.rank == 8
     with pytest.raises(SiteRefusal, match=r"30464 values at rank 8, too many for memory_mib=1$"):
         with_memory(site, 1)._adapted(plan)
+
+
+@pytest.mark.parametrize(
+    ("unit", "share"),
+    [(["privacy=example_level"], 1), (["privacy=user_level", "privacy.max_records_per_user=4"], 4)],
+    ids=["records", "users of four records"],
+)
+def test_gradients_held_at_once_are_those_of_records(
+    unit: list[str],
+    share: int,
+    make_site: Make,
+    small: Make,
+    instruct: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user's gradient is of as many records as the plan allows."""
+    experiment, at_once = small("strategy=fedit", *unit), list[int | None]()
+    site = with_memory(make_site(experiment), 16)
+
+    def watched(*given: Any, **settings: Any) -> Any:
+        at_once.append(settings["max_units"])
+        return train_locally(*given, **settings)
+
+    monkeypatch.setattr("client.training.train_locally", watched)
+    assert site.handle(instruct(experiment)).header.status == "trained"
+    adapted = site._adapted(client_plan(experiment, "run"))
+    values = sum(parameter.numel() for parameter in adapted.parameters.values())
+    fitting = examples_that_fit(values, values, 16 << 20)
+    assert fitting >= 8
+    assert at_once == [fitting // share]
 
 
 @pytest.mark.parametrize(("strategy", "rank"), [("fedit", 2), ("rolora", 7), ("ravan", 1)])
