@@ -4,8 +4,8 @@ The order matters. What the file forbids is refused first; then an answer that a
 nothing; only then is it checked whether the site is in a state to spend. An answer that was made under another policy
 or budget is not repeated: the round goes through every check of the present ones.
 
-A server that was killed and resumed asks again what it had asked. While the site is still at work on it, the second
-question waits and gets the same answer; any other one is told `busy`.
+A server that was killed and resumed asks again what it had asked, with other notices perhaps. While the site is still
+at work on it, the second question waits and gets the same answer; any other one is told `busy`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from client.approvals import Approvals
-from client.door import CARD, answer_at_door
+from client.door import ROUND, answer_at_door
 from client.health import check_books, check_space
 from client.policy import check_moment, check_policy
-from client.replies import ReplyStore
+from client.replies import ReplyStore, question_of
 from client.site import Site
 from conf.schema.site import SiteFile
 from protocol.errors import SiteRefusal
 from protocol.frames import decode_frame, encode_frame, refusal_record
 from protocol.instructions import Instruction, Reply
-from protocol.records import record_to_reply, reply_to_record
+from protocol.records import record_to_header, record_to_reply, reply_to_record
 
 __all__ = ["ANSWER", "Desk"]
 
@@ -61,8 +61,8 @@ class Desk:
             clock=lambda: clock().timestamp(),
         )
         self._at_work = threading.Lock()
-        self._under_way = b""
-        """SHA-256 of the latest instruction's frame."""
+        self._under_way = ""
+        """What the latest instruction asked: `question_of` it."""
         self._stopping = threading.Event()
 
     def answer(self, frame: bytes) -> bytes:
@@ -70,9 +70,9 @@ class Desk:
         site = self._site
         try:
             kind, record = decode_frame(frame)
-            if kind == CARD:
+            if kind != ROUND:
                 return encode_frame(ANSWER, answer_at_door(site, kind, record))
-            self._begin(hashlib.sha256(frame).digest())
+            self._begin(question_of(record_to_header(record)))
         except SiteRefusal as refusal:
             _log.warning("site %s refuses with %s: %s", site.file.name, refusal.code, refusal)
             return encode_frame(ANSWER, refusal_record(refusal.code, site.file.name))
@@ -81,8 +81,8 @@ class Desk:
         finally:
             self._at_work.release()
 
-    def _begin(self, asked: bytes) -> None:
-        """Take the lock for an instruction, by its digest; behind the very same one, once that is answered."""
+    def _begin(self, asked: str) -> None:
+        """Take the lock for an instruction, by what it asks; behind one that asks the same, once that is answered."""
         if not self._at_work.acquire(blocking=False):
             if asked != self._under_way:
                 raise SiteRefusal("busy", "another instruction is being worked on")

@@ -18,7 +18,7 @@ from pathlib import Path
 from protocol.errors import SiteRefusal
 from protocol.instructions import InstructionHeader
 
-__all__ = ["ReplyStore"]
+__all__ = ["ReplyStore", "question_of"]
 
 _log = logging.getLogger(__name__)
 _NOTICES = frozenset({"plan", "unused_rounds", "ledger_heads"})
@@ -55,7 +55,7 @@ class ReplyStore:
         try:
             stored = json.loads(first)
             whole = stored["body"] == hashlib.sha256(body).hexdigest()
-            same = stored["instruction"] == _identity(header)
+            same = stored["instruction"] == question_of(header)
             in_force = stored["terms"] == self._terms
         except (ValueError, KeyError, TypeError):
             whole = same = in_force = False
@@ -74,7 +74,7 @@ class ReplyStore:
 
     def put(self, header: InstructionHeader, body: bytes) -> None:
         """Store an answer durably, and remove what is old. A disk that is full costs a repeated training, no more."""
-        first = {"instruction": _identity(header), "terms": self._terms, "body": hashlib.sha256(body).hexdigest()}
+        first = {"instruction": question_of(header), "terms": self._terms, "body": hashlib.sha256(body).hexdigest()}
         try:
             _write(self._path(header), json.dumps(first).encode() + b"\n" + body)
             self._prune()
@@ -94,7 +94,8 @@ class ReplyStore:
                 path.unlink(missing_ok=True)
 
 
-def _identity(header: InstructionHeader) -> str:
+def question_of(header: InstructionHeader) -> str:
+    """Return a digest (hex) of all that the answer to an instruction depends on."""
     asked = header.model_dump(mode="json", exclude=set(_NOTICES))
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from protocol.errors import ReplyRejected, SiteRefusal
-from protocol.instructions import Instruction, Reply, SiteCard, decode_instruction, decode_reply
+from protocol.instructions import Instruction, InstructionHeader, Reply, SiteCard, decode_instruction, decode_reply
 from protocol.sparse import packed, unpacked
 from protocol.tensors import NamedTensors
 
@@ -33,6 +33,7 @@ __all__ = [
     "instructions_to_records",
     "payload_bytes",
     "record_to_card",
+    "record_to_header",
     "record_to_instruction",
     "record_to_reply",
     "reply_to_record",
@@ -75,6 +76,18 @@ def record_to_instruction(record: RecordDict, most_bytes: int = LARGEST_MESSAGE)
     """
     try:
         return decode_instruction(_header(record), _tensors(record, most_bytes))
+    except ReplyRejected as error:
+        raise SiteRefusal("malformed_instruction", str(error)) from error
+
+
+def record_to_header(record: RecordDict) -> InstructionHeader:
+    """Return the header of the instruction a record carries; its tensors stay packed.
+
+    Raises:
+        SiteRefusal: code `malformed_instruction` or `plan_digest`.
+    """
+    try:
+        return decode_instruction(_header(record), {}).header
     except ReplyRejected as error:
         raise SiteRefusal("malformed_instruction", str(error)) from error
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -173,9 +173,10 @@ def _round(
     aggregator = server.aggregator(adapter, state)
     protection.reserve(round_number, _uploaded(run, round_number, adapter), aggregator)
 
-    heads = dict(progress.heads)
+    heads, heard = dict(progress.heads), set[str]()
 
     def accept(site: str, reply: Reply, start: NamedTensors) -> None:
+        heard.add(site)
         heads[site] = {**heads.get(site, {}), **reply.header.ledger_heads}
         protection.fold(site, reply, start)
         run.downlink.confirmed(site)
@@ -212,7 +213,7 @@ def _round(
     # In a checkpoint these names would tell who was in a secret cohort, so such sites are not told, and are reminded of
     # their ledgers' heads by this process only.
     secret = protection.secret_cohort
-    unused = {} if secret else _still_unused(progress.unused, cohort, collected.unused, round_number)
+    unused = {} if secret else _still_unused(progress.unused, heard, collected.unused, round_number)
     stored_heads = {} if secret else heads
     names = tuple(member.site for member in run.members)
     nodes = {member.site: member.node_id for member in run.members}
@@ -225,11 +226,11 @@ def _round(
 
 
 def _still_unused(
-    before: Mapping[str, tuple[int, ...]], cohort: tuple[Member, ...], now: tuple[str, ...], round_number: int
+    before: Mapping[str, tuple[int, ...]], heard: Set[str], now: tuple[str, ...], round_number: int
 ) -> Mapping[str, tuple[int, ...]]:
-    """Return what sites have to be told: this round's instructions told its cohort of what was before."""
-    told = {member.site for member in cohort}
-    kept = {site: rounds for site, rounds in before.items() if site not in told}
+    """Return what sites have to be told. A verified reply shows that this round's instruction told its site of what was
+    before; any other site may not have read it, and is told again, which changes nothing if it has."""
+    kept = {site: rounds for site, rounds in before.items() if site not in heard}
     return kept | {site: (*kept.get(site, ()), round_number) for site in now}
 
 

@@ -236,17 +236,20 @@ def slow_desk(desk_of: Make) -> SlowDesk:
     return desk, began, go_on
 
 
+@pytest.mark.parametrize("heads", [{}, {"site": "0" * 64}], ids=["word for word", "with other notices"])
 def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
-    slow_desk: SlowDesk, small: Make, instruct: Make
+    heads: dict[str, str], slow_desk: SlowDesk, small: Make, instruct: Make
 ) -> None:
     """A server that was killed and resumed asks so; `busy` would leave the site out of a round that it paid for."""
     desk, began, go_on = slow_desk
+    asked = instruct(small())
+    resumed = replace(asked, header=asked.header.model_copy(update={"ledger_heads": heads}))
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, desk, instruct(small()))
+        first = pool.submit(ask, desk, asked)
         try:
             assert began.wait(60)
             assert code(ask(desk, instruct(small(), run="other"))) == "busy"
-            second = pool.submit(ask, desk, instruct(small()))
+            second = pool.submit(ask, desk, resumed)
             wait([second], timeout=1)
             assert not second.done(), code(second.result())
         finally:
