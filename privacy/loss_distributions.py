@@ -70,8 +70,8 @@ def pld_epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, group_
 def foretold_epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, tolerance: float) -> float:
     """Return about what `pld_epsilon` will: an estimate to search with, and no bound.
 
-    Its first grids are tried, until one is within `tolerance` of the one before. What the others would still take off is
-    foretold: each takes off a part of what the one before did, a quarter to a half.
+    Its first grids are tried, until one is within `tolerance` of the one before. What the others would still take off
+    is foretold: each takes off a part of what the one before did, a quarter to a half.
     """
     epsilon, fell, ratio = math.inf, math.inf, 0.25
     for finer in _on_finer_and_finer_grids(mechanisms, delta, 1):

@@ -36,8 +36,8 @@ Names = frozenset[str]
 TensorRule = Callable[[Names, int], Names]
 """From the adapter's tensor names and the round (from 1) to the names chosen."""
 Sensitivity = Literal["weighted_clip_norm", "unbounded"]
-"""What a site whose update was cut to the clip norm changes at most of the sum, in L2 norm over all that is uploaded: its
-weight times the clip norm, or nothing that is known, and client-level privacy is refused."""
+"""What a site whose update was cut to the clip norm changes at most of the sum, in L2 norm over all that is uploaded:
+its weight times the clip norm, or nothing that is known, and client-level privacy is refused."""
 
 
 @dataclass(frozen=True)

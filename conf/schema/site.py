@@ -239,8 +239,8 @@ class SiteFile(Frozen):
         ge=1,
         description="memory for the adapter and its training, beside the base and its activations (which "
         "runtime.micro_batch_tokens bounds): the largest rank that fits (finetuning/memory.py), or trained_rank where "
-        "that is less, is what this site trains and the server is told. The records of one user are held at once, up to "
-        "privacy.max_records_per_user, also where they are too many. null: not limited",
+        "that is less, is what this site trains and the server is told. The records of one user are held at once, up "
+        "to privacy.max_records_per_user, also where they are too many. null: not limited",
     )
     ledger: str | None = Field(
         default=None,
