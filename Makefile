@@ -25,7 +25,7 @@ demo: $(VENV)/.runtime  ## set up, then fine-tune a small language model over fo
 	$(BIN)/cloister simulate
 
 test: $(VENV)/.dev  ## set up, then run every test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 5 \
 		--ignore=tests/privacy/mutations
 	$(BIN)/python -m pytest tests/privacy/mutations  # in one process: they fill one table, which is printed
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -76,7 +75,6 @@ class Story:
     run: Path
     summary: dict[str, Any]
     log: str
-    seconds: float
 
     def accepted(self, round_number: int) -> list[str]:
         """Whose updates a round used."""
@@ -130,7 +128,6 @@ def kill_server_app(machine: Machine) -> None:
 
 @pytest.fixture(scope="module")
 def story(machine: Machine, server: Server, sites: dict[str, Organization], liar: None) -> Story:
-    began = time.monotonic()
     run = server.run(*OVERRIDES)
     harbor, eastfield = sites["harbor"], sites["eastfield"]
 
@@ -163,7 +160,7 @@ def story(machine: Machine, server: Server, sites: dict[str, Organization], liar
     machine.wait("the run to end", (run / "summary.json").exists, 180)
     machine.wait("its status", lambda: "finished:completed" in server.command("runs"), 60)
     summary = json.loads((run / "summary.json").read_text())
-    return Story(server, sites, run, summary, server.command("logs", run.name), time.monotonic() - began)
+    return Story(server, sites, run, summary, server.command("logs", run.name))
 
 
 def test_the_run_completes(story: Story) -> None:
