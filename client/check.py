@@ -105,7 +105,8 @@ def _keys(file: SiteFile) -> str:
         raise ConfigError(f"{folder} has mode {mode:04o}, others can look into it; run: chmod 700 {folder}")
     if not (folder / SIGNING_KEY_FILE).exists() and not (folder / SECRET_FILE).exists():
         return "none yet; the first round makes them"
-    return f"ledger key {load_or_create_keys(folder).signing.key_id}"
+    key = load_or_create_keys(folder).signing
+    return f"ledger key {key.key_id}; as federation.site_keys has it: {key.verifying.to_hex()}"
 
 
 def _model(file: SiteFile) -> str:

@@ -11,7 +11,13 @@ from client.site import Site
 from protocol.errors import CloisterError, SiteRefusal
 from protocol.frames import refusal_record
 from protocol.instructions import Instruction, Reply
-from protocol.records import LARGEST_MESSAGE, card_to_record, record_to_instruction, reply_to_record
+from protocol.records import (
+    LARGEST_MESSAGE,
+    card_to_record,
+    record_to_challenge,
+    record_to_instruction,
+    reply_to_record,
+)
 
 __all__ = ["CARD", "ROUND", "answer_at_door"]
 
@@ -39,7 +45,7 @@ def answer_at_door(
     """
     try:
         if kind == CARD:
-            return card_to_record(site.card())
+            return card_to_record(site.card(record_to_challenge(record)))
         if kind != ROUND:
             raise SiteRefusal("malformed_instruction", f"a message of kind {kind!r} is neither {CARD} nor {ROUND}")
         return reply_to_record((handle or site.handle)(record_to_instruction(record, most_bytes)))

@@ -25,8 +25,9 @@ from finetuning.datasets import Row, read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
 from privacy.plan import PrivacyPlan
+from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
-from protocol.instructions import ClientPlan, Instruction, Reply, SiteCard
+from protocol.instructions import ClientPlan, Instruction, Reply
 
 __all__ = ["Site", "open_site", "read_site_file"]
 
@@ -70,15 +71,17 @@ class Site:
         fitting = rank_that_fits(self.file.model_path, self.file.task, memory)
         return fitting if most is None else min(most, fitting)
 
-    def card(self) -> SiteCard:
-        """Return what the site says of itself. Where not even rank 1 fits it says 1, and refuses every round."""
-        file, rank = self.file, self.trained_rank
-        return SiteCard(
+    def card(self, challenge: bytes = b"") -> SiteCard:
+        """Return what the site says of itself, signed. Where not even rank 1 fits it says 1, and refuses all rounds."""
+        file, rank, key = self.file, self.trained_rank, self.state.signing_key
+        card = SiteCard(
             cloister_version=version("cloister"),
             site=file.name,
             published_records=file.published_records,
             trained_rank=None if rank is None else max(rank, 1),
+            key=key.verifying.to_hex(),
         )
+        return card.model_copy(update={"signature": key.sign(card.statement(challenge)).hex()})
 
     def handle(self, instruction: Instruction) -> Reply:
         """Return the answer to an instruction: an update, or a refusal with its reason."""

@@ -17,6 +17,7 @@ from privacy.ledger import (
     SITE_LEDGER_FILE,
     Budget,
     Ledger,
+    SigningKey,
     SiteKeys,
     head_file,
     load_or_create_keys,
@@ -45,6 +46,11 @@ class SiteState:
     def secret(self) -> bytes:
         """The key of this site's noise and of the hashes of its records; never leaves the site."""
         return self._keys.secret
+
+    @property
+    def signing_key(self) -> SigningKey:
+        """The key of this site's ledgers and card."""
+        return self._keys.signing
 
     def ledger(self, units: Units) -> Ledger:
         """Return the ledger of the data set that consists of `units`.

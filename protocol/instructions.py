@@ -34,7 +34,6 @@ __all__ = [
     "ReleaseClaim",
     "Reply",
     "ReplyHeader",
-    "SiteCard",
     "client_plan",
     "decode_instruction",
     "decode_reply",
@@ -198,16 +197,6 @@ class Reply:
 
     header: ReplyHeader
     tensors: NamedTensors = field(default_factory=dict)
-
-
-class SiteCard(Frozen):
-    """What a site says of itself before a run. All of it is public."""
-
-    wire_version: Literal[1] = WIRE_VERSION
-    cloister_version: str
-    site: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    published_records: int = Field(ge=1)
-    trained_rank: int | None = Field(default=None, ge=1, description="the most LoRA rank that the site trains")
 
 
 def decode_instruction(header: str, tensors: NamedTensors) -> Instruction:

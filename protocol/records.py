@@ -21,27 +21,31 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
+from protocol.cards import CHALLENGE_BYTES, SiteCard
 from protocol.errors import ReplyRejected, SiteRefusal
-from protocol.instructions import Instruction, InstructionHeader, Reply, SiteCard, decode_instruction, decode_reply
+from protocol.instructions import Instruction, InstructionHeader, Reply, decode_instruction, decode_reply
 from protocol.sparse import packed, unpacked
 from protocol.tensors import NamedTensors
 
 __all__ = [
     "LARGEST_MESSAGE",
     "card_to_record",
+    "challenge_to_record",
     "instruction_to_record",
     "instructions_to_records",
     "payload_bytes",
     "record_to_card",
+    "record_to_challenge",
     "record_to_header",
     "record_to_instruction",
     "record_to_reply",
     "reply_to_record",
 ]
 
-_HEADER, _TENSORS, _JSON = "cloister", "tensors", "json"
+_HEADER, _TENSORS, _JSON, _CHALLENGE = "cloister", "tensors", "json", "challenge"
 _PACKED, _SPARSE = "safetensors", "sparse:"
 _SPARSE_NAME = re.compile(_SPARSE + r"(\d{1,10}(?:x\d{1,10}){0,7}):(.*)", re.DOTALL)
+_HEX = re.compile(rf"[0-9a-f]{{{2 * CHALLENGE_BYTES}}}")
 LARGEST_MESSAGE = 1 << 31
 """Bytes; what Flower sends in one piece."""
 _FORMATS = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
@@ -104,6 +108,25 @@ def record_to_reply(record: RecordDict, most_bytes: int = LARGEST_MESSAGE) -> Re
         ReplyRejected: code `malformed_reply`.
     """
     return decode_reply(_header(record), _tensors(record, most_bytes))
+
+
+def challenge_to_record(challenge: bytes) -> RecordDict:
+    """Return the record that asks for a site's card."""
+    return RecordDict({_HEADER: ConfigRecord({_CHALLENGE: challenge.hex()})})
+
+
+def record_to_challenge(record: RecordDict) -> bytes:
+    """Return what the card is to be signed with.
+
+    Raises:
+        SiteRefusal: code `malformed_instruction`, for anything but `CHALLENGE_BYTES` bytes in hex.
+    """
+    challenge = record.config_records.get(_HEADER, {}).get(_CHALLENGE)
+    if not isinstance(challenge, str) or not _HEX.fullmatch(challenge):
+        raise SiteRefusal(
+            "malformed_instruction", f"a card is asked for with a challenge of {CHALLENGE_BYTES} bytes in hex"
+        )
+    return bytes.fromhex(challenge)
 
 
 def card_to_record(card: SiteCard) -> RecordDict:

@@ -39,8 +39,8 @@ class Checkpoint:
     sent: Sent = field(default_factory=Sent)
     unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Rounds whose update was not used and whose site has not been told yet, by site."""
-    nodes: Mapping[str, int] = field(default_factory=dict)
-    """The members' Flower nodes: of two that give one name, the one known is believed."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """The members' public keys: who goes on under a name has the key that it began with."""
     heads: Heads = field(default_factory=dict)
     """Where each site's ledgers ended when it last answered (`protocol.instructions.ReplyHeader.ledger_heads`)."""
 
@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, run: str, config_di
         "protection": checkpoint.protection,
         "confirmed": checkpoint.sent.confirmed,
         "unused": checkpoint.unused,
-        "nodes": checkpoint.nodes,
+        "keys": checkpoint.keys,
         "heads": checkpoint.heads,
     }
     parts = {
@@ -95,7 +95,7 @@ def load_newest(folder: Path, *, run: str, config_digest: str, base_digest: str)
                 protection=facts["protection"],
                 sent=Sent(_part(tensors, _SENT), _part(tensors, _LEFT), tuple(facts["confirmed"])),
                 unused={site: tuple(rounds) for site, rounds in facts["unused"].items()},
-                nodes={site: int(node) for site, node in facts.get("nodes", {}).items()},
+                keys=facts["keys"],
                 heads=facts.get("heads", {}),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

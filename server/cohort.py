@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from privacy.ledger import VerifyingKey
+from protocol.cards import CHALLENGE_BYTES, SiteCard
 from protocol.errors import FederationError, ReplyRejected
-from protocol.instructions import SiteCard
-from protocol.records import record_to_card
+from protocol.records import challenge_to_record, record_to_card
 
 __all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "of_full_rank", "weights_of"]
 
@@ -48,7 +50,8 @@ def enroll(
     timeout_s: float,
     *,
     names: Collection[str] | None = None,
-    known: Mapping[str, int] | None = None,
+    keys: Mapping[str, str] | None = None,
+    challenge: Callable[[int], bytes] = secrets.token_bytes,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Member, ...]:
@@ -60,9 +63,9 @@ def enroll(
     With `names`, the sites of a run that is resumed, all of these are waited for and no other takes part: a cohort
     drawn from other sites would be another run.
 
-    Of two connected nodes with one name the first that answered takes part, or the one that is `known` under that
-    name from before; the other is passed over with a warning. Node keys are not visible here, so nothing else can
-    tell them apart.
+    A card is signed for the question it answers. Under a name that `keys` has a public key for, only who signed with
+    that key takes part. Of two others with one name it is the first that answered; the second is passed over with a
+    warning.
 
     Raises:
         FederationError: too few cards in time, or one of `names` missing.
@@ -70,7 +73,7 @@ def enroll(
     if math.isinf(timeout_s):
         timeout_s = 0.0  # in one process a node answers when it is asked, or never
     deadline, starts_by = clock() + timeout_s, math.inf
-    roll = _Roll(grid, known or {})
+    roll = _Roll(grid, keys or {}, challenge)
     while True:
         roll.poll()
         members = roll.members
@@ -165,9 +168,10 @@ def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:
 class _Roll:
     """The connected nodes: who was asked for a card, and who sent one."""
 
-    def __init__(self, grid: Grid, known: Mapping[str, int]) -> None:
-        self._grid, self._known = grid, known
-        self._queries: dict[int, str] = {}
+    def __init__(self, grid: Grid, keys: Mapping[str, str], challenge: Callable[[int], bytes]) -> None:
+        self._grid, self._keys, self._challenge = grid, keys, challenge
+        self._queries: dict[int, bytes] = {}
+        """The challenge of each node that was asked."""
         self._cards: dict[int, Member] = {}
         """By node, in the order in which they came."""
         self.connected = 0
@@ -179,8 +183,7 @@ class _Roll:
         """The sites by name, one node each. A node that was passed over takes part when the other one leaves."""
         chosen: dict[str, Member] = {}
         for member in self._cards.values():
-            if member.site not in chosen or member.node_id == self._known.get(member.site):
-                chosen[member.site] = member
+            chosen.setdefault(member.site, member)
         return chosen
 
     def poll(self) -> None:
@@ -201,16 +204,18 @@ class _Roll:
 
     def _ask(self, node: int) -> None:
         """Ask one node; one that cannot be reached is asked again at the next poll."""
-        for query in self._grid.push_messages([Message(RecordDict(), node, MessageType.QUERY)]):
+        challenge = self._challenge(CHALLENGE_BYTES)
+        asking = Message(challenge_to_record(challenge), node, MessageType.QUERY)
+        for query in self._grid.push_messages([asking]):
             if query:
-                self._queries[node] = self.pending[node] = query
+                self._queries[node], self.pending[node] = challenge, query
 
     def _take(self, node: int, reply: Message) -> None:
         if reply.has_error():
             _log.warning("node %d sent no card: %s", node, reply.error.reason)
             return
         try:
-            member = Member(node, record_to_card(reply.content))
+            member = Member(node, self._signed(record_to_card(reply.content), self._queries[node]))
         except ReplyRejected as error:
             _log.warning("node %d sent no usable card: %s", node, error)
             return
@@ -223,3 +228,24 @@ class _Roll:
                 member.site,
                 self.members[member.site].node_id,
             )
+
+    def _signed(self, card: SiteCard, challenge: bytes) -> SiteCard:
+        """Return a card whose signature is right, and by the key that is known under its name.
+
+        Raises:
+            ReplyRejected: it is not.
+        """
+        wanted = self._keys.get(card.site)
+        if wanted is not None and card.key != wanted:
+            raise ReplyRejected(
+                "wrong_key",
+                f"it calls itself {card.site!r}, whose key is {wanted}, and its own is {card.key or 'none'}; find out "
+                "whose it is, or correct federation.site_keys if that site has new keys",
+            )
+        if card.key and not _is_signed(card, challenge):
+            raise ReplyRejected("wrong_key", f"it calls itself {card.site!r}, and its signature is not of its key")
+        return card
+
+
+def _is_signed(card: SiteCard, challenge: bytes) -> bool:
+    return VerifyingKey.from_hex(card.key).accepts(bytes.fromhex(card.signature), card.statement(challenge))

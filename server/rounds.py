@@ -98,8 +98,9 @@ def run_federation(
     federation = experiment.federation
     strategy = build_strategy(experiment.strategy)
     checkpoint = directory.newest_checkpoint()
-    names_before, nodes_before = (checkpoint.members, checkpoint.nodes) if checkpoint else (None, None)
-    members = enroll(grid, expected_sites, timeout_s, names=names_before, known=nodes_before)
+    names_before, keys_before = (checkpoint.members, checkpoint.keys) if checkpoint else (None, {})
+    keys = {**keys_before, **federation.site_keys}
+    members = enroll(grid, expected_sites, timeout_s, names=names_before, keys=keys)
     reason = one_rank_because_of(experiment.strategy)
     if reason is not None:
         members = of_full_rank(members, experiment.peft.rank, reason)
@@ -216,10 +217,10 @@ def _round(
     unused = {} if secret else _still_unused(progress.unused, heard, collected.unused, round_number)
     stored_heads = {} if secret else heads
     names = tuple(member.site for member in run.members)
-    nodes = {member.site: member.node_id for member in run.members}
+    keys = {member.site: member.card.key for member in run.members if member.card.key}
     directory.save_checkpoint(
         Checkpoint(
-            round_number, adapter, state, names, protection.state(), run.downlink.state(), unused, nodes, stored_heads
+            round_number, adapter, state, names, protection.state(), run.downlink.state(), unused, keys, stored_heads
         )
     )
     return _Progress(adapter, state, evaluation, unused, heads)

@@ -102,6 +102,11 @@ class Federation(Frozen):
     min_replies: int = Field(default=1, ge=1, description="valid replies a round needs; below it the run fails")
     reply_timeout_s: float = Field(default=3600.0, gt=0, description="how long a round waits for replies")
     expected_sites: int = Field(default=1, ge=1, description="sites that must be connected before round 1")
+    site_keys: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict,
+        description="by site: the Ed25519 public key that `cloister site check` prints there. Under a name that is "
+        "listed only who holds that key takes part; others are believed their name as they come",
+    )
     release_training_loss: bool = Field(
         default=False,
         description="simulated sites only, and only with privacy=none: send the local training loss (real sites decide "

@@ -57,6 +57,15 @@ class VerifyingKey:
         self._key = key
         self.key_id = hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
 
+    @classmethod
+    def from_hex(cls, key: str) -> VerifyingKey:
+        """Return the key of 32 bytes in hex."""
+        return cls(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)))
+
+    def to_hex(self) -> str:
+        """Return the key's 32 bytes in hex."""
+        return self._key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+
     def accepts(self, signature: bytes, message: bytes) -> bool:
         """Return whether `signature` is this key's on `message`."""
         try:

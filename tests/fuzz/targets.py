@@ -18,11 +18,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from conf.compose import compose_experiment
 from conf.schema import wire
+from protocol.cards import SiteCard
 from protocol.codecs.base import ENCODED, HEADER_BYTES, Codec, WireContext, value_count
 from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected, SiteRefusal
 from protocol.frames import decode_frame, encode_frame, receive_frame
-from protocol.instructions import Instruction, InstructionHeader, Reply, ReplyHeader, SiteCard, client_plan
+from protocol.instructions import Instruction, InstructionHeader, Reply, ReplyHeader, client_plan
 from protocol.records import (
     card_to_record,
     instruction_to_record,

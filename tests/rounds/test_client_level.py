@@ -16,8 +16,9 @@ import server.budget
 from client.app import client_app
 from conf.compose import compose_experiment
 from finetuning.checkpoints import load_tensors
+from protocol.cards import SiteCard
 from protocol.errors import FederationError, PrivacyError, SiteRefusal
-from protocol.instructions import Instruction, PrivacyStatement, Reply, ReplyHeader, SiteCard
+from protocol.instructions import Instruction, PrivacyStatement, Reply, ReplyHeader
 from protocol.tensors import NamedTensors
 from server.app import Launch, serve
 from server.events import Event, Observer, RoundStarted
@@ -39,7 +40,7 @@ class KnownSite:
     silent_after: int = 10**9
     """The last round in which it does its work."""
 
-    def card(self) -> SiteCard:
+    def card(self, challenge: bytes = b"") -> SiteCard:
         return SiteCard(cloister_version="0", site=self.name, published_records=100)
 
     def handle(self, instruction: Instruction) -> Reply:

@@ -16,7 +16,8 @@ from client.app import client_app
 from client.site import Site
 from conf.compose import compose_experiment
 from privacy.ledger.store import Store
-from protocol.instructions import Instruction, Reply, SiteCard
+from protocol.cards import SiteCard
+from protocol.instructions import Instruction, Reply
 from server.app import Launch, serve
 from server.events import Event, RoundStarted
 from simulations.in_process import InProcessGrid
@@ -50,8 +51,8 @@ class Kept:
     asked: dict[int, Instruction] = field(default_factory=dict)
     answered: dict[int, Reply] = field(default_factory=dict)
 
-    def card(self) -> SiteCard:
-        return self.site.card()
+    def card(self, challenge: bytes = b"") -> SiteCard:
+        return self.site.card(challenge)
 
     @property
     def file(self) -> Any:

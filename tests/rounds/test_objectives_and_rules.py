@@ -15,8 +15,9 @@ from client.app import client_app
 from client.site import Site
 from conf.compose import compose_experiment
 from conf.schema.experiment import Experiment
+from protocol.cards import SiteCard
 from protocol.errors import DataError, FederationError
-from protocol.instructions import Instruction, Reply, ReplyHeader, SiteCard
+from protocol.instructions import Instruction, Reply, ReplyHeader
 from protocol.tensors import NamedTensors
 from server.app import Launch, serve
 from server.cohort import Member
@@ -67,8 +68,8 @@ class Misstating:
     site: Site
     steps: int
 
-    def card(self) -> SiteCard:
-        return self.site.card()
+    def card(self, challenge: bytes = b"") -> SiteCard:
+        return self.site.card(challenge)
 
     def handle(self, instruction: Instruction) -> Reply:
         reply = self.site.handle(instruction)

@@ -59,8 +59,8 @@ class Watched:
     def file(self) -> Any:
         return self.site.file
 
-    def card(self) -> Any:
-        return self.site.card()
+    def card(self, challenge: bytes = b"") -> Any:
+        return self.site.card(challenge)
 
     def handle(self, instruction: Instruction) -> Reply:
         self.asked.append(instruction)

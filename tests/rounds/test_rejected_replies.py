@@ -48,8 +48,8 @@ class Lying:
     def file(self) -> Any:
         return self.site.file
 
-    def card(self) -> Any:
-        return self.site.card()
+    def card(self, challenge: bytes = b"") -> Any:
+        return self.site.card(challenge)
 
     def handle(self, instruction: Instruction) -> Reply:
         return self.tamper(self.site.handle(instruction))

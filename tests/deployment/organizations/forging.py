@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from flwr.app import Array, RecordDict
 
+from protocol.cards import SiteCard
 from protocol.frames import decode_frame, encode_frame, receive_frame, send_frame
-from protocol.instructions import Instruction, Reply, ReplyHeader, SiteCard
+from protocol.instructions import Instruction, Reply, ReplyHeader
 from protocol.records import card_to_record, record_to_instruction, reply_to_record
 
 __all__ = ["FORGERIES", "Forger"]

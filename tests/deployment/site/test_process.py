@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import RecordDict
 
 from client.relay import relay
 from protocol.errors import SiteRefusal
 from protocol.frames import receive_frame, refusal_record, send_frame
 from protocol.instructions import Instruction, Reply
-from protocol.records import instruction_to_record, record_to_card, record_to_reply
+from protocol.records import challenge_to_record, instruction_to_record, record_to_card, record_to_reply
 
 from .conftest import CLOISTER, SiteProcess
 
@@ -35,7 +34,7 @@ def test_rounds_replays_and_restarts(make_site: Make, instruct: Instruct) -> Non
     site = make_site().start()
     assert stat.S_IMODE(site.socket.stat().st_mode) == 0o600
     assert stat.S_IMODE(site.socket.parent.stat().st_mode) == 0o700
-    assert record_to_card(relay(site.socket, "query", RecordDict())).site == "harbor"
+    assert record_to_card(relay(site.socket, "query", challenge_to_record(bytes(32)))).site == "harbor"
 
     first = site.ask(instruct())
     assert first.header.status == "trained", site.text()
@@ -81,7 +80,9 @@ def test_a_second_server_is_told_busy_and_a_killed_round_counts(make_site: Make,
     site.wait_for(["reserve"])
     second = site.ask(instruct(run="another server's"))
     assert second.header.code == "busy"
-    assert record_to_card(relay(site.socket, "query", RecordDict())).site == "harbor", "cards are given at any time"
+    assert record_to_card(relay(site.socket, "query", challenge_to_record(bytes(32)))).site == "harbor", (
+        "cards are given at any time"
+    )
     site.kill()
     asking.join(30)
     assert lost == ["site_down"]

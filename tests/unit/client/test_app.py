@@ -12,7 +12,7 @@ import client.app
 from client.app import client_app, find_site
 from client.site import Site
 from protocol.errors import ConfigError
-from protocol.records import record_to_reply
+from protocol.records import challenge_to_record, record_to_reply
 from protocol.refusals import sentence
 from simulations.in_process import InProcessGrid
 
@@ -34,7 +34,7 @@ def test_without_a_site_a_node_says_what_to_do(kind: str) -> None:
 
 def test_a_site_that_is_down_is_a_code_and_nothing_of_the_path(tmp_path: Path) -> None:
     app_of = InProcessGrid(client.app.app, [{"socket": str(tmp_path / "patient.sock")}])
-    (card,) = app_of.send_and_receive([Message(RecordDict(), 1, MessageType.QUERY)])
+    (card,) = app_of.send_and_receive([Message(challenge_to_record(bytes(32)), 1, MessageType.QUERY)])
     assert card.error.reason == "site_down: this node's site process does not answer"
 
     (trained,) = app_of.send_and_receive([Message(RecordDict(), 1, MessageType.TRAIN)])

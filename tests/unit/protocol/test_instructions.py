@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from conf.compose import compose_experiment
+from protocol.cards import SiteCard
 from protocol.errors import ReplyRejected, SiteRefusal
 from protocol.instructions import (
     WIRE_VERSION,
@@ -15,7 +16,6 @@ from protocol.instructions import (
     InstructionHeader,
     PrivacyStatement,
     ReplyHeader,
-    SiteCard,
     client_plan,
     decode_instruction,
     decode_reply,

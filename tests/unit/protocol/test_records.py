@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose_experiment
+from protocol.cards import SiteCard
 from protocol.errors import ReplyRejected, SiteRefusal
-from protocol.instructions import Instruction, InstructionHeader, Reply, ReplyHeader, SiteCard, client_plan
+from protocol.instructions import Instruction, InstructionHeader, Reply, ReplyHeader, client_plan
 from protocol.records import (
     card_to_record,
+    challenge_to_record,
     instruction_to_record,
     instructions_to_records,
     payload_bytes,
     record_to_card,
+    record_to_challenge,
     record_to_instruction,
     record_to_reply,
     reply_to_record,
@@ -57,6 +60,16 @@ def test_a_card_survives() -> None:
     with pytest.raises(ReplyRejected, match="a site's card cannot be read") as rejected:
         record_to_card(bad)
     assert rejected.value.code == "malformed_card"
+
+
+@pytest.mark.parametrize("challenge", [None, "", "0" * 62, "0" * 66, "0" * 64 + "\n", "A" * 64, b"0" * 64])
+def test_a_card_is_asked_for_with_a_challenge(challenge: bytes | str | None) -> None:
+    assert record_to_challenge(challenge_to_record(b"x" * 32)) == b"x" * 32
+    config = ConfigRecord({} if challenge is None else {"challenge": challenge})
+    with pytest.raises(SiteRefusal, match="a card is asked for with a challenge of 32 bytes in hex"):
+        record_to_challenge(RecordDict({"cloister": config}))
+    with pytest.raises(SiteRefusal):
+        record_to_challenge(RecordDict())
 
 
 def test_layouts_of_memory_do_not_matter() -> None:

@@ -13,8 +13,9 @@ from conf.compose import compose_experiment
 from conf.schema.federation import ServerBudget
 from privacy.accounting import epsilon_of
 from privacy.mechanisms import SubsampledGaussian
+from protocol.cards import SiteCard
 from protocol.errors import BudgetExceeded, PrivacyError
-from protocol.instructions import Reply, ReplyHeader, SiteCard
+from protocol.instructions import Reply, ReplyHeader
 from protocol.tensors import Layout, NamedTensors, layout_of
 from server.budget import ServerBooks
 from server.cohort import Member

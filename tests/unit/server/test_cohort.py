@@ -13,8 +13,8 @@ from client.app import client_app
 from client.site import Site
 from conf.compose import compose_experiment
 from conf.schema.site import SiteFile
+from protocol.cards import SiteCard
 from protocol.errors import FederationError
-from protocol.instructions import SiteCard
 from server.cohort import Member, draw_cohort, enroll, weights_of
 from simulations.in_process import InProcessGrid
 
@@ -109,14 +109,54 @@ def names_enrolled(grid: LateGrid, expected: int, timeout_s: float) -> list[str]
     return [member.site for member in found]
 
 
-def test_a_second_node_with_a_name_is_passed_over_unless_it_is_the_known_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_second_node_with_a_name_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     grid = grid_of(tmp_path, "north", "north", "south")
     assert [(each.site, each.node_id) for each in enroll(grid, 2, 10)] == [("north", 1), ("south", 3)]
     assert "nodes [1, 2] call themselves 'north', and node 1 takes part" in caplog.text
-    known = enroll(grid_of(tmp_path, "north", "north"), 1, 10, names=("north",), known={"north": 2})
-    assert [each.node_id for each in known] == [2]
+
+
+class Impostor(Site):
+    """Gives the name of another site, and the card that this one once gave to somebody else."""
+
+    overheard: SiteCard
+
+    def card(self, challenge: bytes = b"") -> SiteCard:
+        return self.overheard
+
+
+def test_under_a_known_key_a_name_is_its_owners_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    owner, other = site("north", tmp_path), site("north", tmp_path / "other")
+    replayed, unsigned = Impostor(other.file), Impostor(other.file)
+    replayed.overheard = owner.card(b"another server's question")
+    unsigned.overheard = SiteCard(cloister_version="0", site="north", published_records=9)
+    sites = [replayed, unsigned, other, owner]
+    grid = InProcessGrid(client_app(lambda context: sites[context.node_config["n"]]), [{"n": n} for n in range(4)])
+
+    (member,) = enroll(grid, 1, 10, keys={"north": owner.card().key})
+
+    assert (member.node_id, member.card.key) == (4, owner.card().key)
+    assert "node 1 sent no usable card: it calls itself 'north', and its signature is not of its key" in caplog.text
+    assert f"node 2 sent no usable card: it calls itself 'north', whose key is {owner.card().key}" in caplog.text
+    assert f"and its own is {other.card().key}; find out whose it is, or correct federation.site_keys" in caplog.text
+
+
+def test_without_its_owner_nobody_takes_part_under_a_known_key(tmp_path: Path) -> None:
+    owner = site("north", tmp_path)
+    grid = LateGrid(tmp_path / "others", Clock(), "north", "south")
+    with pytest.raises(FederationError, match=r"sites of this run have not connected within 5 s: north"):
+        enroll(grid, 1, 5, names=("north",), keys={"north": owner.card().key}, clock=grid.clock, sleep=grid.clock.sleep)
+
+
+def test_every_node_is_asked_with_a_challenge_of_its_own(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def challenge(size: int) -> bytes:
+        asked.append(size)
+        return bytes([len(asked)]) * size
+
+    found = enroll(grid_of(tmp_path, "north", "south"), 2, 10, challenge=challenge)
+    assert asked == [32, 32]
+    assert all(member.card.signature for member in found)
 
 
 def test_a_node_that_was_passed_over_takes_part_when_the_first_leaves(tmp_path: Path) -> None:

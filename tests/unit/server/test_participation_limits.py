@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy.correlated.participation import Participation
+from protocol.cards import SiteCard
 from protocol.errors import PrivacyError
-from protocol.instructions import SiteCard
 from server.cohort import Member, draw_in_rotation
 
 

@@ -9,8 +9,9 @@ import torch
 
 from client.wire import _clipped
 from conf.compose import compose_experiment
+from protocol.cards import SiteCard
 from protocol.errors import PrivacyError, SiteRefusal
-from protocol.instructions import InstructionHeader, SiteCard, client_plan, decode_instruction
+from protocol.instructions import InstructionHeader, client_plan, decode_instruction
 from server.budget import ServerBooks
 from server.cohort import Member
 from server.protection import ClientLevelProtection, protection_for
