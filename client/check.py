@@ -18,7 +18,7 @@ from client.health import check_books, check_space
 from client.listening import check_folder
 from client.relay import relay
 from client.site import Site, tokenize_site
-from client.site_file import socket_path
+from client.site_file import account_of, socket_path
 from client.units import units_of
 from conf.schema.model import LoRA, Model
 from conf.schema.privacy import UserLevel
@@ -152,14 +152,26 @@ def _node(file: SiteFile) -> str | None:
     node = file.node
     if node is None:
         return None
-    for path in (node.root_certificates, node.private_key):
-        if path is not None:
-            Path(path).read_bytes()
-    if node.private_key is not None and Path(node.private_key).stat().st_mode & 0o077:
-        raise ConfigError(f"others can read {node.private_key}; run: chmod 600 {node.private_key}")
+    if node.root_certificates is not None:
+        Path(node.root_certificates).read_bytes()
+    key = "" if node.private_key is None else _node_key(Path(node.private_key), account_of(node) is not None)
     if node.insecure:
         return "no TLS: for trials on one machine only"
-    return "TLS" if node.private_key is None else "TLS and node key"
+    return f"TLS{key}"
+
+
+def _node_key(path: Path, read_by_root: bool) -> str:
+    """Return how the node key is there. Where root starts the SuperNode, it may be one that only root can read."""
+    mode = path.stat().st_mode
+    if mode & 0o077:
+        raise ConfigError(f"others can read {path}; run: chmod 600 {path}")
+    try:
+        path.read_bytes()
+    except PermissionError:
+        if not read_by_root:
+            raise
+        return " and a node key, which this user cannot read: root reads it at the start"
+    return " and node key"
 
 
 def _server(file: SiteFile) -> str | None:
