@@ -257,6 +257,16 @@ def test_old_replies_are_removed_by_number_and_by_age(tmp_path: Path, instruct: 
     assert not list(tmp_path.iterdir()), "younger than the clock of the store says, so it went too"
 
 
+def test_what_a_killed_process_left_of_a_reply_is_removed(tmp_path: Path, instruct: Make, small: Make) -> None:
+    header = instruct(small()).header
+    for _ in range(2):
+        store = ReplyStore(tmp_path, terms="", keep=2, keep_s=60, clock=lambda: 0.0)
+        assert not list(tmp_path.glob(".*"))
+        store.put(header, b"body")
+        (tmp_path / ".x1y2").write_bytes(b"half")
+    assert store.find(header) == b"body"
+
+
 def test_a_disk_that_is_full_does_not_lose_an_answer(
     tmp_path: Path, instruct: Make, small: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
