@@ -222,7 +222,8 @@ def init(
         expires=date.fromisoformat(asked("last day of the budget", expires, in_a_year)),
         state=_absolute(asked("folder of keys and ledger", state, "state")),
         superlink=asked("server, HOST:PORT (empty: none yet)", superlink, "") or None,
-        root_certificates=asked("PEM file of the server's CA (empty: the system's)", root_certificates, "") or None,
+        root_certificates=_absolute(asked("PEM file of the server's CA (empty: the system's)", root_certificates, ""))
+        or None,
     )
     config.write_text(site_yaml(answers), encoding="utf-8")
     read_site_file(config)
@@ -230,8 +231,8 @@ def init(
 
 
 def _absolute(path: str) -> str:
-    """Return a path that holds wherever the site is started from; names such as embedded:clinics stay."""
-    return path if ":" in path else str(Path(path).absolute())
+    """Return a path that holds wherever the site is started from; no path, and embedded:clinics, stay."""
+    return path if not path or ":" in path else str(Path(path).absolute())
 
 
 def _text(value: object) -> str | None:

@@ -7,6 +7,7 @@ with an experiment: a site allows a handful of them.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -45,7 +46,7 @@ def allowed_bundles(path: Path) -> frozenset[str]:
 
 
 def allow_bundle(path: Path, digest: str, note: str) -> None:
-    """Add a digest to a list.
+    """Add a digest to a list. One that root makes belongs to the owner of its folder, who adds to it later.
 
     Raises:
         ConfigError: it is no SHA-256 digest.
@@ -56,4 +57,7 @@ def allow_bundle(path: Path, digest: str, note: str) -> None:
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("a") as stream:
+        if os.geteuid() == 0 and stream.tell() == 0:
+            owner = path.parent.stat()
+            os.fchown(stream.fileno(), owner.st_uid, owner.st_gid)
         stream.write(f"{digest}  {' '.join(note.split())}\n")

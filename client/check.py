@@ -18,11 +18,11 @@ from client.health import check_books, check_space
 from client.listening import check_folder
 from client.relay import relay
 from client.site import Site, tokenize_site
-from client.site_file import socket_path
+from client.site_file import account_of, socket_path
 from client.units import units_of
 from conf.schema.model import LoRA, Model
 from conf.schema.privacy import UserLevel
-from conf.schema.site import SiteFile, SiteNode
+from conf.schema.site import SiteBudget, SiteFile, SiteNode
 from finetuning.adapters import attach
 from finetuning.models import load_base
 from privacy.ledger.keys import SECRET_FILE, SIGNING_KEY_FILE, load_or_create_keys
@@ -53,13 +53,14 @@ def check_site(file: SiteFile, now: datetime) -> Iterator[Outcome]:
     """
     checks: tuple[tuple[str, Callable[[], str | None], str], ...] = (
         ("policy", lambda: _policy(file), "write the policy section; cloister site init shows every line"),
-        ("budget", lambda: _budget(file, now), "set budget.epsilon, budget.delta and budget.expires"),
+        ("budget", lambda: _budget(file, now), "set epsilon, delta and expires of budget, and of site_budget"),
         ("disk", lambda: f"{check_space(_with_folder(file))} MiB free", "free the disk, or lower serve.min_free_mib"),
         ("keys", lambda: _keys(file), "restore the keys from a backup; mode 0600, the state directory 0700"),
         (
             "ledger and clock",
             lambda: f"{check_books(file, now)} entries, each hash and signature verified",
-            "cloister ledger verify --site site.yaml; restore the newest copy; set the clock by NTP",
+            "cloister ledger verify --site site.yaml, then --ledger STATE/site_ledger.db; restore the newest copy; set "
+            "the clock by NTP",
         ),
         ("model", lambda: _model(file), "install the model's files at model_path; compare digests with the server"),
         ("data", lambda: _data(file), "mend data.source, data.columns, published_records or the records"),
@@ -85,12 +86,16 @@ def _policy(file: SiteFile) -> str:
 
 
 def _budget(file: SiteFile, now: datetime) -> str | None:
-    budget = file.budget
-    if budget is None:
-        return None
-    if budget.expired(now):
-        raise ConfigError(f"the budget expired on {budget.expires}")
-    return f"ε={budget.epsilon:g} at δ={budget.delta:.3g} per {budget.unit}, until {budget.expires or 'further notice'}"
+    found: list[str] = []
+    for name, budget in (("budget", file.budget), ("site_budget", file.site_budget)):
+        if budget is None:
+            continue
+        if budget.expired(now):
+            raise ConfigError(f"{name} expired on {budget.expires}")
+        unit = budget.unit if isinstance(budget, SiteBudget) else "site"
+        until = budget.expires or "further notice"
+        found.append(f"ε={budget.epsilon:g} at δ={budget.delta:.3g} per {unit}, until {until}")
+    return "; ".join(found) or None
 
 
 def _with_folder(file: SiteFile) -> SiteFile:
@@ -153,14 +158,26 @@ def _node(file: SiteFile) -> str | None:
     node = file.node
     if node is None:
         return None
-    for path in (node.root_certificates, node.private_key):
-        if path is not None:
-            Path(path).read_bytes()
-    if node.private_key is not None and Path(node.private_key).stat().st_mode & 0o077:
-        raise ConfigError(f"others can read {node.private_key}; run: chmod 600 {node.private_key}")
+    if node.root_certificates is not None:
+        Path(node.root_certificates).read_bytes()
+    key = "" if node.private_key is None else _node_key(Path(node.private_key), account_of(node) is not None)
     if node.insecure:
         return "no TLS: for trials on one machine only"
-    return "TLS" if node.private_key is None else "TLS and node key"
+    return f"TLS{key}"
+
+
+def _node_key(path: Path, read_by_root: bool) -> str:
+    """Return how the node key is there. Where root starts the SuperNode, it may be one that only root can read."""
+    mode = path.stat().st_mode
+    if mode & 0o077:
+        raise ConfigError(f"others can read {path}; run: chmod 600 {path}")
+    try:
+        path.read_bytes()
+    except PermissionError:
+        if not read_by_root:
+            raise
+        return " and a node key, which this user cannot read: root reads it at the start"
+    return " and node key"
 
 
 def _server(file: SiteFile) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from client.site_file import ledger_location
 from conf.schema.site import SiteFile
-from privacy.ledger import HEAD_FILE
+from privacy.ledger import HEAD_FILE, SITE_LEDGER_FILE, head_file
 from privacy.ledger.journal import Journal
 from privacy.ledger.keys import load_or_create_keys
 from protocol.errors import PrivacyError, SiteRefusal
@@ -32,18 +32,27 @@ def check_space(file: SiteFile) -> int:
 
 
 def check_books(file: SiteFile, now: datetime) -> int:
-    """Return how many entries the ledger has, having checked chain, signatures, head and dates; writes nothing to it.
+    """Return how many entries the ledgers have, having checked chain, signatures, head and dates; writes nothing.
+
+    Both are looked at in every round, that of the records and that of the whole site: a clock that went back behind
+    either one would revive a budget that has expired.
 
     Raises:
-        SiteRefusal: `ledger_unusable`, or `clock` when the last entry is younger than `now`.
+        SiteRefusal: `ledger_unusable`, or `clock` when the last entry of either is younger than `now`.
     """
     folder = Path(file.state_directory)
-    where = ledger_location(file)
+    whole = folder / SITE_LEDGER_FILE
+    return _check_book("records", ledger_location(file), folder / HEAD_FILE, now) + _check_book(
+        "whole site", whole, head_file(folder, whole), now
+    )
+
+
+def _check_book(name: str, where: str | Path, head: Path, now: datetime) -> int:
+    """Return how many entries one ledger has; 0 where nothing was ever booked."""
     try:
-        if not (folder / HEAD_FILE).exists() and not isinstance(where, str) and not where.exists():
-            return 0  # nothing was ever booked here
-        keys = load_or_create_keys(folder)
-        journal = Journal(where, keys.signing, head_file=folder / HEAD_FILE)
+        if not head.exists() and not isinstance(where, str) and not where.exists():
+            return 0
+        journal = Journal(where, load_or_create_keys(head.parent).signing, head_file=head)
         try:
             with journal.reading() as (_, entries):
                 last = datetime.fromisoformat(entries[-1].at) if entries else None
@@ -52,5 +61,7 @@ def check_books(file: SiteFile, now: datetime) -> int:
     except (PrivacyError, OSError) as error:
         raise SiteRefusal("ledger_unusable", str(error)) from error
     if last is not None and now < last - _CLOCK_SLACK:
-        raise SiteRefusal("clock", f"it is {now.isoformat()}, the ledger's last entry is of {last.isoformat()}")
+        raise SiteRefusal(
+            "clock", f"it is {now.isoformat()}, the last entry of the ledger ({name}) is of {last.isoformat()}"
+        )
     return len(entries)

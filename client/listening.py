@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import hmac
 import json
 import os
@@ -59,11 +60,14 @@ def open_listener(file: SiteFile) -> Listener:
     user's group.
 
     Raises:
-        ConfigError: the folder is open to others, the path too long, or the SuperNode's user unknown.
+        ConfigError: the folder is open to others, the path too long, the SuperNode's user unknown, or this user no
+            member of that user's group.
     """
     path, guest = socket_path(file), account_of(file.node)
-    _make_folder(path.parent, guest)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_folder(file)
+    if guest is not None and path.parent.stat().st_uid == os.getuid():  # root's own arrangement is left as it is
+        _share(path.parent, guest, 0o750)
     path.unlink(missing_ok=True)
     users = {os.getuid()} | (set() if guest is None else {guest.pw_uid})
     unix = file.serve.listen == "unix" or (file.serve.listen == "auto" and hasattr(socket, "AF_UNIX"))
@@ -73,8 +77,7 @@ def open_listener(file: SiteFile) -> Listener:
     if guest is None:
         path.chmod(0o600)
     else:
-        os.chown(path, -1, guest.pw_gid)
-        path.chmod(0o660)
+        _share(path, guest, 0o660)
     return Listener(listening, path, frozenset(users), token)
 
 
@@ -118,10 +121,32 @@ def check_folder(file: SiteFile) -> None:
         )
 
 
-def _make_folder(folder: Path, guest: pwd.struct_passwd | None) -> None:
-    if folder.exists():
-        return
-    folder.mkdir(mode=0o700, parents=True)
-    if guest is not None:
-        os.chown(folder, -1, guest.pw_gid)
-        folder.chmod(0o750)
+def _share(path: Path, guest: pwd.struct_passwd, mode: int) -> None:
+    """Give a path to the group of the SuperNode's user.
+
+    Raises:
+        ConfigError: this user may not: it is no member of the group.
+    """
+    try:
+        os.chown(path, -1, guest.pw_gid)
+    except PermissionError as error:
+        group, this = _group_name(guest.pw_gid), _user_name(os.getuid())
+        raise ConfigError(
+            f"user {this} cannot give {path} to the group {group} of node.user={guest.pw_name!r}, of which it is no "
+            f"member; run as root: usermod -aG {group} {this}; then start the site in a new session of {this}"
+        ) from error
+    path.chmod(mode)
+
+
+def _group_name(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

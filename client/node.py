@@ -50,10 +50,12 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
     """Write the shims, the list of bundles and the secret, and return the commands.
 
     A list of bundles that does not exist yet is made with this release's own bundle in it. Everything that another
-    user's SuperNode needs lies beside the socket, owned by this user.
+    user's SuperNode needs lies beside the socket, owned by this user: the node key and the server's CA too, so that
+    neither has to lie open to that user where the operator keeps it.
 
     Raises:
-        ConfigError: the site file has no node, no TLS and no `insecure`, or a user that only root could become.
+        ConfigError: the site file has no node, no TLS and no `insecure`, or a user that only root could become; the
+            site was never started; or a key or certificate cannot be read.
     """
     node = file.node
     if node is None:
@@ -64,12 +66,12 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
         raise ConfigError("node.insecure and node.root_certificates contradict each other; remove one of them")
     account = account_of(node)
     _refuse_without_root(account)
+    folder = socket_path(file).parent
+    if not folder.is_dir():  # before anything is made: root must not make what the site's user then cannot enter
+        raise ConfigError(f"{folder} does not exist; start the site first: cloister site serve")
     allowed = Path(file.state_directory) / BUNDLES_FILE
     if not allowed.exists():
         allow_bundle(allowed, own_bundle_digest(), "this release's own bundle")
-    folder = socket_path(file).parent
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist; start the site first: cloister site serve")
     bundles = None
     if account is not None:  # who cannot enter the state directory
         bundles = allowed, folder / BUNDLES_FILE
@@ -79,7 +81,7 @@ def prepare_node(file: SiteFile) -> NodeProcesses:
     home, secret = _home(folder / "flower", account), folder / "superexec.secret"
     _write(secret, secrets.token_hex(_SECRET_BYTES), 0o600, account)
     runtime = f"127.0.0.1:{node.port}"
-    transport = ["--insecure"] if node.insecure else _tls(node)
+    transport = ["--insecure"] if node.insecure else _tls(node, folder, account)
     supernode = [
         *(_flower("flower-supernode"), "--superlink", node.superlink, *transport),
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
@@ -151,9 +153,28 @@ def _refuse_without_root(account: pwd.struct_passwd | None) -> None:
         )
 
 
-def _tls(node: SiteNode) -> list[str]:
-    options = [] if node.root_certificates is None else ["--root-certificates", node.root_certificates]
-    return options if node.private_key is None else [*options, "--auth-supernode-private-key", node.private_key]
+def _tls(node: SiteNode, folder: Path, account: pwd.struct_passwd | None) -> list[str]:
+    """Return Flower's options for TLS and the node key; another user gets copies in `folder`."""
+    options: list[str] = []
+    for option, name, given in (
+        ("--root-certificates", "root_certificates", node.root_certificates),
+        ("--auth-supernode-private-key", "private_key", node.private_key),
+    ):
+        if given is None:
+            continue
+        path = Path(given).absolute()  # the SuperNode starts in a folder of its own
+        try:
+            content = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"node.{name}={given} cannot be read by user {os.getuid()}: {error}; a relative path starts from the "
+                "folder in which the command is given"
+            ) from error
+        if account is not None:
+            path = folder / f"node.{name}"
+            _write(path, content, 0o600, account)
+        options += [option, str(path)]
+    return options
 
 
 def _flower(command: str) -> str:
@@ -193,7 +214,7 @@ def _home(folder: Path, account: pwd.struct_passwd | None) -> Path:
     """Return Flower's own folder: all that its processes may write to."""
     folder.mkdir(mode=0o700, exist_ok=True)
     if account is not None:
-        os.chown(folder, account.pw_uid, account.pw_gid)
+        os.chown(folder, account.pw_uid, account.pw_gid, follow_symlinks=False)
     return folder
 
 
@@ -211,8 +232,8 @@ def _write(path: Path, content: str, mode: int, reader: pwd.struct_passwd | None
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "w") as stream:
         stream.write(content)
-    partial.chmod(mode)
-    if reader is not None:
-        os.chown(partial, -1, reader.pw_gid)
-        partial.chmod(mode | 0o040)
+        os.fchmod(handle, mode)  # by the handle: whoever owns the folder could exchange the name
+        if reader is not None:
+            os.fchown(handle, -1, reader.pw_gid)
+            os.fchmod(handle, mode | 0o040)
     partial.replace(path)

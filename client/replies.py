@@ -29,7 +29,7 @@ class ReplyStore:
     """A folder of replies, one file each, of mode 0600."""
 
     def __init__(self, folder: Path, *, terms: str, keep: int, keep_s: float, clock: Callable[[], float]) -> None:
-        """Open the store.
+        """Open the store. Only one process may have it open: what another one left unfinished is removed.
 
         Args:
             folder: made when missing, of mode 0700.
@@ -39,6 +39,8 @@ class ReplyStore:
             clock: seconds since 1970.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for unfinished in folder.glob(".*"):
+            unfinished.unlink()
         self._folder, self._terms = folder, terms
         self._keep, self._keep_s, self._clock = keep, keep_s, clock
 

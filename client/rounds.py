@@ -87,7 +87,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         # The server's books lack these rounds, and a site's own must agree with them.
         state.memory(plan.run).forget(header.unused_rounds)
     memory = state.memory(plan.run).before(header.round) if strategy.has_memory else {}
-    local = _local_round(instruction, adapted, strategy, training, state, memory)
+    local, downloaded = _local_round(instruction, adapted, strategy, training, state, memory)
     records = work.records(adapted, asked, state.secret)
     privacy = _privacy_plan(plan, work.file, len(records.units))
     check_cost(work.file, privacy)
@@ -123,6 +123,9 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         whole_site.commit(digest(leaving))
     if strategy.has_memory:
         state.memory(plan.run).keep(header.round, trained.memory)
+    if sends_changes(plan.quantization):
+        # Not before the round was paid for: a server could fill the disk by naming runs.
+        state.references(plan.run).keep(header.round, downloaded)
 
     return Reply(
         ReplyHeader(
@@ -215,9 +218,9 @@ def _local_round(
     training: LocalTraining,
     state: SiteState,
     memory: NamedTensors,
-) -> LocalRound:
+) -> tuple[LocalRound, NamedTensors]:
     """Return the strategy's half of the round, from what was sent, what follows from the public seed, and what this
-    site kept."""
+    site kept; and the part of the adapter that was sent."""
     header = instruction.header
     plan, number = header.plan, header.round
     if adapted.base.digest != header.base_digest:
@@ -228,9 +231,8 @@ def _local_round(
         )
     initial = adapted.initial(plan.adapter_seed, plan.peft.rank)
     sent = strategy.downloaded(adapted.names, number)
-    references = state.references(plan.run)
     try:
-        tensors = received(instruction, references)
+        tensors = received(instruction, state.references(plan.run))
         own = {name: tensor for name, tensor in tensors.items() if name in adapted.names}
         extras = {name: tensor for name, tensor in tensors.items() if name not in adapted.names}
         verify(own, {name: shape for name, shape in layout_of(initial).items() if name in sent})
@@ -240,9 +242,7 @@ def _local_round(
     adapter = initial | own
     if digest(adapter | extras) != header.adapter_digest:
         raise SiteRefusal("adapter_digest", "the adapter does not match its digest; server and site differ in version")
-    if sends_changes(plan.quantization):
-        references.keep(number, own)
-    return strategy.client.begin(
+    local = strategy.client.begin(
         LocalStart(
             adapter=adapter,
             extras=extras,
@@ -253,6 +253,7 @@ def _local_round(
             learning_rate=training.optimizer.learning_rate * training.learning_rate_factor(number, plan.rounds),
         )
     )
+    return local, own
 
 
 def _privacy_plan(plan: ClientPlan, file: SiteFile, num_units: int) -> PrivacyPlan:

@@ -27,6 +27,9 @@ from protocol.errors import SiteRefusal
 
 __all__ = ["SiteState"]
 
+_REFERENCED_RUNS = 16
+"""Some runs cost a site nothing (without privacy, or without a `site_budget`), so a server can name any number."""
+
 
 class SiteState:
     """The files of one site."""
@@ -93,8 +96,8 @@ class SiteState:
         return SiteMemory(self._folder, run, "left_out")
 
     def references(self, run: str) -> SiteMemory:
-        """Return the adapters received in a run, which a server may send changes of."""
-        return SiteMemory(self._folder, run, "references")
+        """Return the adapters received in a run, which a server may send changes of; without them it sends all."""
+        return SiteMemory(self._folder, run, "references", most_runs=_REFERENCED_RUNS)
 
     def spent(self) -> float:
         """Return the ε of everything booked for the data set of the last round; 0 before the first."""

@@ -19,6 +19,8 @@ A message names the value, the bound it broke, and the fix.
 
 from typing import ClassVar
 
+from protocol.refusals import REFUSALS
+
 __all__ = [
     "BudgetExceeded",
     "CloisterError",
@@ -79,11 +81,19 @@ class ReplayDiverged(PrivacyError):
 
 
 class SiteRefusal(CloisterError):
-    """A site declines an instruction; `code` is machine readable and reveals nothing about its data."""
+    """A site declines an instruction; `code` is machine readable and reveals nothing about its data.
+
+    Raises:
+        ValueError: the code is not registered, so nobody who is told it could look it up.
+    """
 
     exit_code = 7
 
     def __init__(self, code: str, message: str) -> None:
+        if code not in REFUSALS:
+            raise ValueError(
+                f"{code!r} is no code of protocol/refusals.py; add its sentence there and to docs/errors.md"
+            )
         super().__init__(message)
         self.code = code
 

@@ -2,6 +2,9 @@
 
 The sentence is fixed. Nothing of the records, the site file or an exception is ever added to it, so a refusal tells a
 server the code and no more; the figures are in the site's own log. `docs/errors.md` holds the same table.
+
+Beside them, the codes of what a server finds in a reply. `protocol.errors` takes no other code for a refusal, and
+`tests/unit/protocol/test_refusals.py` finds the others in the source.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["REFUSALS", "Refusal", "sentence"]
+__all__ = ["REFUSALS", "REJECTIONS", "Refusal", "sentence"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,8 @@ REFUSALS: Mapping[str, Refusal] = {
     "stopping": Refusal("this site is shutting down", "site: start `cloister site serve` again"),
     "ledger_unusable": Refusal(
         "this site's ledger cannot be used",
-        "site: `cloister ledger verify --site site.yaml`; restore the newest copy, keys and ledger.head included",
+        "site: `cloister ledger verify --site site.yaml`, with a `site_budget` also `--ledger STATE/site_ledger.db` "
+        "(STATE: `state_directory`); restore the newest copy, keys and heads included",
     ),
     "ledger_set_back": Refusal(
         "this site's ledger lacks an entry that the site stated before",
@@ -208,6 +212,9 @@ REFUSALS: Mapping[str, Refusal] = {
         "this round of this run was answered already, for another instruction or on other records",
         "server: start a run under a new name; nothing more is answered for that round",
     ),
+    "malformed_payload": Refusal(
+        "the adapter, or a change of it, does not decode", "server and site differ in version, or it was damaged"
+    ),
     "missing_tensor": Refusal("the adapter lacks a tensor", "model, PEFT settings or version differ"),
     "unknown_tensor": Refusal("the adapter has a tensor too many", "model, PEFT settings or version differ"),
     "wrong_dtype": Refusal("a tensor of the adapter is not float32", "server and site differ in version"),
@@ -217,6 +224,33 @@ REFUSALS: Mapping[str, Refusal] = {
         "server: the run has diverged; lower the learning rate",
     ),
 }
+
+REJECTIONS = frozenset(
+    {
+        "no_reply",
+        "flower_error",
+        "refused",
+        "malformed_reply",
+        "malformed_card",
+        "malformed_payload",
+        "wrong_site",
+        "wrong_round",
+        "wrong_plan_digest",
+        "wrong_base_digest",
+        "wrong_adapter_digest",
+        "wrong_steps",
+        "missing_tensor",
+        "unknown_tensor",
+        "wrong_dtype",
+        "wrong_shape",
+        "not_finite",
+        "no_loss",
+        "norm_above_clip",
+        "missing_bit",
+        "stale",
+    }
+)
+"""What a server finds in a reply, or in place of one. What to do is in docs/errors.md alone."""
 
 
 def sentence(code: str) -> str:

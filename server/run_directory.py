@@ -93,7 +93,9 @@ class RunDirectory:
         """Store what a round leaves, and drop the oldest beyond `logging.keep_checkpoints`."""
         folder = self.path / "checkpoints"
         save_checkpoint(folder, checkpoint, **self._identity)
-        for old in sorted(folder.glob("round-*.safetensors"))[: -self._experiment.logging.keep_checkpoints]:
+        earlier = sorted(folder.glob("round-*.safetensors"))[: -self._experiment.logging.keep_checkpoints]
+        # The hidden ones are what a process that was killed left of a checkpoint; this one holds the run's lock.
+        for old in (*earlier, *folder.glob(".round-*")):
             old.unlink()
 
     def newest_checkpoint(self) -> Checkpoint | None:

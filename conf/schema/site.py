@@ -187,7 +187,7 @@ class SiteServe(Frozen):
 
 
 class SiteNode(Frozen):
-    """The Flower SuperNode of this site, `cloister site start`."""
+    """The Flower SuperNode of this site, `cloister site start`. Relative paths start where the command is given."""
 
     superlink: str = Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$", description="the federation's server, HOST:PORT")
     root_certificates: str | None = Field(default=None, description="PEM file of the server's CA; null: the system's")

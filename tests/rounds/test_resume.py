@@ -200,6 +200,15 @@ def test_a_damaged_or_foreign_checkpoint_is_passed_over(tmp_path: Path, caplog: 
     assert "round-00002.safetensors is passed over: it cannot be read" in caplog.text
 
 
+def test_what_a_killed_server_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    held = RunDirectory(tmp_path / "run", compose_experiment(OVERRIDES), "base")
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir()
+    (folder / ".round-00001.safetensors.x1y2").write_bytes(b"half")
+    held.save_checkpoint(Checkpoint(1, {}, ServerState(numbers={}), ("a",), {}, Sent(), {}))
+    assert [path.name for path in folder.iterdir()] == ["round-00001.safetensors"]
+
+
 def test_events_of_work_done_again_are_told_once() -> None:
     started, rounds = RunStarted("run", 3, ("a",), 1), [RoundStarted(number, ("a",)) for number in (1, 2)]
     resumed = RunResumed("run", 1, 3, ("a",))

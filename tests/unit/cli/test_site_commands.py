@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from client.bundles import allowed_bundles, own_bundle_digest
-from client.node import _copy_bundles, prepare_node
+from client.node import NodeProcesses, _copy_bundles, prepare_node
 from client.shim import checked
 from client.site_file import read_site_file
+from conf.schema.site import SiteFile
 from conf.schema.strategy_rules import STRATEGY_VARIANTS
 from protocol.errors import ConfigError
 
@@ -61,6 +63,18 @@ def test_init_asks_and_replaces_nothing(config: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert read_site_file(asked).name == "northgate"
     assert read_site_file(asked).published_records == 200
+
+
+def test_init_writes_paths_that_hold_wherever_the_site_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--data", "r.jsonl", "--state", "s", "--superlink", "h:1", "--root-certificates", "ca.crt")
+    assert run("init", "--yes", *GIVEN, *given).exit_code == 0
+    file = read_site_file(tmp_path / "site.yaml")
+    assert file.node is not None
+    written = (file.data.source.path, file.state_directory, file.node.root_certificates)  # type: ignore[union-attr]
+    assert written == tuple(str(tmp_path / name) for name in ("r.jsonl", "s", "ca.crt"))
 
 
 def test_check_proves_what_works_and_says_how_to_mend_the_rest(config: Path) -> None:
@@ -122,29 +136,80 @@ def test_another_users_copy_of_the_list_follows_it(tmp_path: Path) -> None:
     assert allowed_bundles(copy) == frozenset()
 
 
-def test_the_commands_of_a_node(config: Path) -> None:
+def with_node(config: Path, **node: object) -> SiteFile:
+    """The site's file, now with a `node` section and beside it a key and a certificate."""
+    (config.parent / "ca.crt").write_text("the authority")
+    key = config.parent / "node"
+    if not key.exists():
+        key.write_text("the key")
+        key.chmod(0o600)
+    written = yaml.safe_load(config.read_text())
+    written["node"] = {"superlink": "example.org:443", "root_certificates": "ca.crt", "private_key": "node", **node}
+    written["serve"]["socket"] = str(config.parent / "r" / "site.sock")
+    config.write_text(yaml.safe_dump(written))
+    return read_site_file(config)
+
+
+def option(made: NodeProcesses, name: str) -> Path:
+    return Path(made.supernode[made.supernode.index(name) + 1])
+
+
+def test_the_commands_of_a_node(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start where the command is given; the SuperNode's own processes start elsewhere."""
     with pytest.raises(ConfigError, match="has no `node` section"):
         prepare_node(read_site_file(config))
-    written = yaml.safe_load(config.read_text())
-    written["node"] = {
-        "superlink": "example.org:443",
-        "root_certificates": "/etc/ca.pem",
-        "private_key": "/etc/node.key",
-    }
-    config.write_text(yaml.safe_dump(written))
-    folder = Path(written["state_directory"]) / "run"
+    file, folder = with_node(config), config.parent / "r"
     with pytest.raises(ConfigError, match="start the site first: cloister site serve"):
-        prepare_node(read_site_file(config))
-    folder.mkdir(parents=True)
-    made = prepare_node(read_site_file(config))
+        prepare_node(file)
+    assert not Path(file.state_directory).exists(), "root would have made what the site's user cannot enter"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"node.root_certificates=ca.crt cannot be read .* a relative path starts"):
+        prepare_node(file)
+    monkeypatch.chdir(config.parent)
+    made = prepare_node(file)
+    assert option(made, "--superlink") == Path("example.org:443")
+    assert option(made, "--root-certificates") == config.parent / "ca.crt"
+    assert option(made, "--auth-supernode-private-key") == config.parent / "node"
     command = " ".join(made.supernode)
-    assert "--superlink example.org:443 --root-certificates /etc/ca.pem --auth-supernode-private-key" in command
     assert "--isolation process" in command
     assert f'socket="{folder / "site.sock"}"' in command
     assert "site.yaml" not in command
     assert made.environment["PATH"].split(os.pathsep)[0] == str(folder / "bin")
     assert (folder / "superexec.secret").stat().st_mode & 0o777 == 0o600
     assert {path.name for path in (folder / "bin").iterdir()} >= {"flwr-clientapp", "flwr-serverapp", "flwr-agentapp"}
+
+
+def test_another_users_node_gets_copies_that_it_can_read_and_not_change(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = account("nobody")
+    folder = config.parent / "r"
+    folder.mkdir()
+    monkeypatch.chdir(config.parent)
+    made = prepare_node(with_node(config, user=guest.pw_name))
+    for name, content in (("--root-certificates", "the authority"), ("--auth-supernode-private-key", "the key")):
+        copy = option(made, name)
+        assert copy.parent == folder
+        assert copy.read_text() == content
+        found = copy.stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (0, guest.pw_gid, 0o640)
+
+
+def test_the_list_of_bundles_stays_the_site_users_own_though_root_makes_it(config: Path) -> None:
+    owner, file = account("daemon"), with_node(config, root_certificates=None, private_key=None)
+    state = Path(file.state_directory)
+    for folder in (state, config.parent / "r"):
+        folder.mkdir(mode=0o700)
+    os.chown(state, owner.pw_uid, owner.pw_gid)
+    prepare_node(file)
+    listed = (state / "allowed_bundles").stat()
+    assert (listed.st_uid, listed.st_gid) == (owner.pw_uid, owner.pw_gid)
+
+
+def account(name: str) -> pwd.struct_passwd:
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    return pwd.getpwnam(name)
 
 
 def test_only_root_starts_the_node_as_another_user(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

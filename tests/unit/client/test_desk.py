@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from client.approvals import Approvals
+from client.check import check_site
 from client.desk import ANSWER, Desk
+from client.health import check_books
 from client.replies import ReplyStore
 from client.site import Site
-from conf.schema.site import SiteBudget, WorkingHours
+from conf.schema.site import SiteBudget, SiteFile, WholeSiteBudget, WorkingHours
+from privacy.ledger import SITE_LEDGER_FILE, Budget, head_file, load_or_create_keys
+from privacy.ledger.journal import Journal
 from protocol.errors import ConfigError, SiteRefusal
 from protocol.frames import decode_frame, encode_frame
-from protocol.instructions import Instruction, Reply
+from protocol.instructions import Instruction, ReleaseClaim, Reply
 from protocol.records import instruction_to_record, record_to_reply
 from protocol.refusals import REFUSALS
 
@@ -142,6 +146,47 @@ def test_hours_expiry_clock_and_disk(desk_of: Make, small: Make, instruct: Make)
     assert site.state.spent() == spent
 
 
+@pytest.mark.parametrize("known_by", ["the ledger", "its head"])
+def test_a_clock_set_back_revives_no_expired_budget_of_the_whole_site(
+    desk_of: Make, small: Make, instruct: Make, known_by: str
+) -> None:
+    """A site that takes part in client-level runs alone has no ledger of records to compare the clock with."""
+    budget = WholeSiteBudget(epsilon=8, delta=1e-3, expires=date(2026, 2, 28))
+    _, site = desk_of()
+    march = site.file.model_copy(update={"site_budget": budget})
+    folder = Path(march.state_directory)
+    book_whole_site(march, NOW)
+    assert not (folder / "ledger.db").exists()
+    assert check_books(march, NOW) == 1
+    if known_by == "its head":
+        (folder / "site_ledger.db").unlink()
+    client_level = small("privacy=client_level", "privacy.insecure_seed=null", private=False)
+    asked = instruct(client_level, release=ReleaseClaim(noise_multiplier=2, sampling_rate=1.0, delta=1e-3))
+    january = datetime(2026, 1, 5, tzinfo=UTC)
+    desk = Desk(Site(march, rows=site._read, simulated=True), lambda: january)
+    assert code(ask(desk, asked)) == ("clock" if known_by == "the ledger" else "ledger_unusable")
+    assert code(ask(Desk(Site(march, simulated=True), lambda: NOW), asked)) == "budget_expired"
+    books, budgets = (
+        next(each for each in check_site(march, january) if each.name == name)
+        for name in ("ledger and clock", "budget")
+    )
+    assert books.passed is False
+    assert ("the ledger (whole site) is of 2026-03-02" in books.detail) == (known_by == "the ledger")
+    assert budgets.passed
+    expired = next(each for each in check_site(march, NOW) if each.name == "budget")
+    assert (expired.passed, expired.detail) == (False, "site_budget expired on 2026-02-28")
+
+
+def book_whole_site(file: SiteFile, at: datetime) -> None:
+    """Write the budget's entry into the ledger of the whole site, at a time."""
+    assert file.site_budget is not None
+    folder = Path(file.state_directory)
+    where = folder / SITE_LEDGER_FILE
+    journal = Journal(where, load_or_create_keys(folder).signing, lambda: at, head_file(folder, where))
+    journal.set_budget(Budget(file.site_budget.epsilon, file.site_budget.delta, "site"), "")
+    journal.close()
+
+
 def test_a_stored_reply_costs_nothing_and_another_question_is_refused(
     desk_of: Make, small: Make, instruct: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,6 +255,16 @@ def test_old_replies_are_removed_by_number_and_by_age(tmp_path: Path, instruct: 
     store.put(headers[3], b"new")
     assert store.find(headers[2]) is None
     assert not list(tmp_path.iterdir()), "younger than the clock of the store says, so it went too"
+
+
+def test_what_a_killed_process_left_of_a_reply_is_removed(tmp_path: Path, instruct: Make, small: Make) -> None:
+    header = instruct(small()).header
+    for _ in range(2):
+        store = ReplyStore(tmp_path, terms="", keep=2, keep_s=60, clock=lambda: 0.0)
+        assert not list(tmp_path.glob(".*"))
+        store.put(header, b"body")
+        (tmp_path / ".x1y2").write_bytes(b"half")
+    assert store.find(header) == b"body"
 
 
 def test_a_disk_that_is_full_does_not_lose_an_answer(

@@ -81,6 +81,18 @@ def test_the_budget_is_a_hard_stop(
     assert not reply.tensors
 
 
+def test_runs_that_are_refused_leave_nothing_on_the_disk(
+    make_site: Make, small: Make, instruct: Make, tmp_path: Path
+) -> None:
+    """A server may name any number of runs; what it sent is kept for those that were paid for."""
+    experiment = small("quantization=eden", "quantization.downlink=same")
+    site = make_site(experiment)
+    replies = [site.handle(instruct(experiment, number, run=run)) for run in ("run", "again") for number in (1, 2)]
+    assert [reply.header.code for reply in replies] == ["", "", "budget_exceeded", "budget_exceeded"]
+    (kept,) = tmp_path.glob("**/references/*")
+    assert sorted(path.name for path in kept.iterdir()) == ["000001.safetensors", "000002.safetensors"]
+
+
 def test_the_budget_outlives_the_process(make_site: Make, small: Make, instruct: Make) -> None:
     experiment = small()
     first = make_site(experiment)
