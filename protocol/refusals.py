@@ -232,6 +232,7 @@ REJECTIONS = frozenset(
         "refused",
         "malformed_reply",
         "malformed_card",
+        "wrong_key",
         "malformed_payload",
         "wrong_site",
         "wrong_round",
