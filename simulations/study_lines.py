@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -88,10 +90,25 @@ def work_through(
         yield from (work(job) for job in jobs)
         return
     # Spawned, not forked: torch's and Flower's threads do not survive a fork.
-    pool = ProcessPoolExecutor(min(workers, max(len(jobs), 1)), mp_context=get_context("spawn"), initializer=prepare)
+    processes = min(workers, max(len(jobs), 1))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin, initargs=(prepare,))
     try:
         for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()
     finally:
         # What a stop leaves waiting is not started.
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(prepare: Callable[[], None] | None) -> None:
+    """Prepare a process, which ends when the one that started it does, however that ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from conf.schema.site import SiteFile
+from privacy.ledger.keys import load_verifying_key
 from server.deployment.folder import ServerFolder
 from server.deployment.web import Door
 
@@ -227,6 +228,11 @@ class Organization:
     @property
     def file(self) -> SiteFile:
         return SiteFile.model_validate(self.content)
+
+    @property
+    def public_key(self) -> str:
+        """In hex, as `federation.site_keys` has it; there once the site has served."""
+        return load_verifying_key(self.state / "ledger.pub").to_hex()
 
     def serve(self) -> Callable[[], None]:
         """Start the site's own process, and return what waits until it listens."""

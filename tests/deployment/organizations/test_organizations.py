@@ -128,7 +128,8 @@ def kill_server_app(machine: Machine) -> None:
 
 @pytest.fixture(scope="module")
 def story(machine: Machine, server: Server, sites: dict[str, Organization], liar: None) -> Story:
-    run = server.run(*OVERRIDES)
+    keys = ",".join(f"{name}:{site.public_key}" for name, site in sites.items())
+    run = server.run(*OVERRIDES, f"federation.site_keys={{{keys}}}")
     harbor, eastfield = sites["harbor"], sites["eastfield"]
 
     machine.wait("harbor to have reserved its first round", lambda: "reserve" in harbor.entries(), 120, poll_s=0.005)

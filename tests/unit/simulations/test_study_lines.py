@@ -1,5 +1,12 @@
 """A study's file: what was written comes back, nothing is lost in a crash, and nothing is taken for another study's."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,3 +97,45 @@ def test_several_workers_do_every_job_once() -> None:
 def test_a_job_that_fails_stops_the_study() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         list(work_through(["1", "x"], int, 2))
+
+
+STUDY = """
+import time
+from simulations.study_lines import work_through
+
+if __name__ == "__main__":
+    list(work_through([600, 600], time.sleep, 2))
+"""
+
+
+def test_no_process_outlives_a_study_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "study.py"
+    script.write_text(STUDY)
+    study = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    try:
+        waited(lambda: len(session_of(study.pid)) >= 3)  # the study, and two that work
+        study.kill()
+        study.wait()
+        waited(lambda: not session_of(study.pid))
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(study.pid, signal.SIGKILL)
+
+
+def session_of(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            number, _, rest = path.read_text().partition(" (")
+            state, _, _, session = rest.rpartition(") ")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(number))
+    return found
+
+
+def waited(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
