@@ -4,19 +4,73 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-__all__ = ["Arrival", "arrivals"]
+from protocol.errors import ReplyRejected
+
+__all__ = ["Arrival", "Unreadable", "arrivals", "pull_one", "reading"]
 
 _POLL_S = 0.2
 
-Arrival = tuple[str, Message]
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for a reply that Flower cannot put together from what the node uploaded."""
+
+    reason: str
+
+
+Arrival = tuple[str, Message | Unreadable]
 """The identifier of a message that was sent, and its reply. A node that died is reported under the SuperLink's own
 node id, so replies are matched by message, not by sender."""
+
+
+def pull_one(grid: Grid, identifier: str) -> Message | Unreadable | None:
+    """Return the reply to one message; None while there is none.
+
+    A SuperLink compares no more than the heads of what nodes upload, so what a pull raises may be one node's doing, and
+    of any type. Whether the link itself still answers tells such a reply, which is that node's loss alone, from a
+    SuperLink that is gone, which nobody can go on without.
+
+    Raises:
+        Exception: of the pull, when the SuperLink does not answer another question either.
+    """
+    try:
+        return next(iter(grid.pull_messages([identifier])), None)
+    except Exception as error:
+        if not _answers(grid):
+            raise
+        return Unreadable(f"Flower cannot read the reply ({type(error).__name__})")
+
+
+@contextmanager
+def reading(what: str, code: str) -> Iterator[None]:
+    """Turn whatever reading a message raises into its rejection: one node's message ends no run.
+
+    A message may hold any of Flower's objects in place of its records, so no list of exceptions is complete.
+
+    Raises:
+        ReplyRejected: with `code`, unless the message was rejected for another reason.
+    """
+    try:
+        yield
+    except ReplyRejected:
+        raise
+    except Exception as error:
+        raise ReplyRejected(code, f"{what} cannot be read ({type(error).__name__})") from error
+
+
+def _answers(grid: Grid) -> bool:
+    try:
+        list(grid.get_node_ids())
+    except Exception:
+        return False
+    return True
 
 
 def arrivals(
@@ -32,6 +86,8 @@ def arrivals(
 
     Flower's pull of a reply lasts as long as its upload, whatever deadline the round has. With `pullers` threads a slow
     upload holds up one of them: the others go on, and the deadline holds.
+
+    A reply that cannot be read is one site's own loss (`pull_one`); what else breaks in a puller is raised.
 
     Args:
         grid: Flower's link to the nodes.
@@ -57,8 +113,9 @@ def arrivals(
 
 def _first(grid: Grid, waiting: Iterable[str]) -> Arrival | None:
     for identifier in waiting:
-        for message in grid.pull_messages([identifier]):
-            return identifier, message
+        reply = pull_one(grid, identifier)
+        if reply is not None:
+            return identifier, reply
     return None
 
 
@@ -78,12 +135,12 @@ def _threaded(grid: Grid, waiting: list[str], timeout_s: float, pullers: int) ->
                 done.wait(_POLL_S)
                 continue
             try:
-                found = list(grid.pull_messages([identifier]))
+                reply = pull_one(grid, identifier)
             except Exception as error:
                 arrived.put(error)
                 return
-            if found:
-                arrived.put((identifier, found[0]))
+            if reply is not None:
+                arrived.put((identifier, reply))
             else:
                 asked.put(identifier)
                 done.wait(_POLL_S)

@@ -24,7 +24,7 @@ from conf.schema.federation import Buffered, Mode, Synchronous
 from protocol.instructions import Reply
 from protocol.records import instructions_to_records, payload_bytes
 from protocol.tensors import NamedTensors
-from server.arrivals import arrivals
+from server.arrivals import Unreadable, arrivals
 from server.cohort import Member
 from server.collect import Assignment, Collected, Waiting, accepted, collect, judged, not_used
 from server.events import SiteReplied
@@ -154,7 +154,7 @@ class BufferedCollector:
             down = payload_bytes(sent[member.site])
             self._at_work[identifier] = _AtWork(member.site, round_number, assignment, down)
 
-    def _taken(self, work: _AtWork, message: Message, round_number: int, accept: Accept) -> tuple[SiteReplied, bool]:
+    def _taken(self, work: _AtWork, message: Message | Unreadable, round_number: int, accept: Accept) -> tuple[SiteReplied, bool]:
         """Return what became of a reply, as an event of the round that it came into, and whether it is a refusal."""
         instruction, staleness = work.assignment.instruction, round_number - work.round
         outcome, reply, refused = judged(message, work.site, instruction, work.assignment.expected, work.bytes_down)

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import SiteCard
 from protocol.records import record_to_card
+from server.arrivals import Unreadable, pull_one, reading
 
 __all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "of_full_rank", "weights_of"]
 
@@ -162,6 +163,18 @@ def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:
     }
 
 
+def _card_of(reply: Message | Unreadable) -> SiteCard:
+    """Return the card in a reply.
+
+    Raises:
+        ReplyRejected: there is none that can be read, whatever the node sent instead.
+    """
+    if isinstance(reply, Unreadable):
+        raise ReplyRejected("malformed_card", reply.reason)
+    with reading("the card", "malformed_card"):
+        return record_to_card(reply.content)
+
+
 class _Roll:
     """The connected nodes: who was asked for a card, and who sent one."""
 
@@ -195,7 +208,8 @@ class _Roll:
                 self._ask(node)
         for node, query in tuple(self.pending.items()):
             # Not by sender: a node that died is reported under the SuperLink's own id.
-            for reply in self._grid.pull_messages([query]):
+            reply = pull_one(self._grid, query)
+            if reply is not None:
                 del self.pending[node]
                 self._take(node, reply)
 
@@ -205,12 +219,12 @@ class _Roll:
             if query:
                 self._queries[node] = self.pending[node] = query
 
-    def _take(self, node: int, reply: Message) -> None:
-        if reply.has_error():
+    def _take(self, node: int, reply: Message | Unreadable) -> None:
+        if isinstance(reply, Message) and reply.has_error():
             _log.warning("node %d sent no card: %s", node, reply.error.reason)
             return
         try:
-            member = Member(node, record_to_card(reply.content))
+            member = Member(node, _card_of(reply))
         except ReplyRejected as error:
             _log.warning("node %d sent no usable card: %s", node, error)
             return

@@ -17,7 +17,7 @@ from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
 from protocol.records import instructions_to_records, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors, check_values
-from server.arrivals import arrivals
+from server.arrivals import Unreadable, arrivals, reading
 from server.cohort import Member
 from server.events import SiteReplied
 
@@ -131,16 +131,19 @@ def accepted(
 
 
 def judged(
-    message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
+    message: Message | Unreadable, site: str, instruction: Instruction, expected: Layout, bytes_down: int
 ) -> tuple[SiteReplied, Reply | None, bool]:
     """Return what became of a reply, the reply itself when it may be aggregated, and whether it is a refusal."""
+    if isinstance(message, Unreadable):
+        return not_used(instruction, site, bytes_down, 0, "malformed_reply", message.reason), None, False
     if message.has_error():
         reason = f"Flower error {message.error.code}"
         return not_used(instruction, site, bytes_down, 0, "flower_error", reason), None, False
     bytes_up, stated, refused = 0, None, False
     try:
-        bytes_up = payload_bytes(message.content)
-        reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
+        with reading("the reply", "malformed_reply"):
+            bytes_up = payload_bytes(message.content)
+            reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
         # The update was seen, so what it cost counts, whether or not it is used.
         stated, refused = reply.header.privacy, reply.header.status == "refused"
         reply = _verified(reply, site, instruction, expected)
