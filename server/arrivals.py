@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ def pull_one(grid: Grid, identifier: str) -> Message | Unreadable | None:
 
 
 @contextmanager
-def reading(what: str, code: str) -> Iterator[None]:
+def reading(what: str, code: str) -> Generator[None]:
     """Turn whatever reading a message raises into its rejection: one node's message ends no run.
 
     A message may hold any of Flower's objects in place of its records, so no list of exceptions is complete.

@@ -142,11 +142,9 @@ def test_a_card_that_cannot_be_put_together_does_not_count(
 def test_pullers_go_on_after_garbage(pullers: int, tmp_path: Path) -> None:
     grid = grid_of(tmp_path, garbage_header, MessageType.QUERY)
     sent = list(grid.push_messages([Message(RecordDict(), node, MessageType.QUERY) for node in (1, 2, 1)]))
-    pulled = dict(
-        arrivals(grid, sent, timeout_s=60, pullers=pullers, clock=lambda: 0.0, sleep=lambda _: None)
-    )
+    pulled = dict(arrivals(grid, sent, timeout_s=60, pullers=pullers, clock=lambda: 0.0, sleep=lambda _: None))
     assert pulled.keys() == set(sent)
-    assert sorted(type(each) for each in pulled.values() if isinstance(each, Unreadable)) == [Unreadable]
+    assert [isinstance(each, Unreadable) for each in pulled.values()].count(True) == 1
 
 
 def test_a_link_that_is_gone_is_not_one_sites_loss(tmp_path: Path) -> None:
