@@ -15,11 +15,13 @@ from protocol.codecs.base import WireContext, value_count
 from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
+from protocol.metrics import check_metric
 from protocol.records import instructions_to_records, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors, check_values
 from server.arrivals import Unreadable, arrivals, reading
 from server.cohort import Member
 from server.events import SiteReplied
+from server.statements import checked_statement
 
 __all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_used"]
 
@@ -145,7 +147,7 @@ def judged(
             bytes_up = payload_bytes(message.content)
             reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
         # The update was seen, so what it cost counts, whether or not it is used.
-        stated, refused = reply.header.privacy, reply.header.status == "refused"
+        stated, refused = checked_statement(reply.header.privacy), reply.header.status == "refused"
         reply = _verified(reply, site, instruction, expected)
     except ReplyRejected as problem:
         return not_used(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
@@ -172,6 +174,8 @@ def _verified(reply: Reply, site: str, instruction: Instruction, expected: Layou
         raise ReplyRejected(
             "wrong_steps", f"the reply states {header.steps} steps, asked were {asked.plan.local.steps} or fewer"
         )
+    for name, value in header.metrics.items():
+        check_metric(name, value)
     codec = build_codec(asked.plan.quantization)
     context = WireContext(asked.plan.run, asked.round, site, "up")
     decoded = replace(reply, tensors=codec.decode(reply.tensors, expected, context))
