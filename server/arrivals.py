@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from protocol.errors import ReplyRejected
 
-__all__ = ["Arrival", "Unreadable", "arrivals", "pull_one", "reading"]
+__all__ = ["Arrival", "Pullers", "Unreadable", "arrivals", "pull_one", "reading"]
 
 _POLL_S = 0.2
 
@@ -99,7 +99,9 @@ def arrivals(
     """
     waiting = list(identifiers)
     if pullers:
-        yield from _threaded(grid, waiting, timeout_s, min(pullers, len(waiting)))
+        with closing(Pullers(grid, pullers)) as threads:
+            threads.ask(waiting)
+            yield from threads.until(timeout_s)
         return
     began = clock()
     while waiting and clock() - began < timeout_s:
@@ -119,47 +121,72 @@ def _first(grid: Grid, waiting: Iterable[str]) -> Arrival | None:
     return None
 
 
-def _threaded(grid: Grid, waiting: list[str], timeout_s: float, pullers: int) -> Generator[Arrival]:
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    arrived: queue.SimpleQueue[Arrival | Exception | None] = queue.SimpleQueue()  # None: the time is up
-    done = threading.Event()
-    for identifier in waiting:
-        asked.put(identifier)
+@dataclass(frozen=True, eq=False)
+class _TimeUp:
+    """Stands among the arrivals where a deadline was reached; each deadline has its own."""
 
-    def pull() -> None:
-        while not done.is_set():
+
+class Pullers:
+    """Threads that wait for replies, for one round or for many: what is pulled after one deadline comes before the next
+    one. A slow upload holds up one thread of them."""
+
+    def __init__(self, grid: Grid, count: int) -> None:
+        """Start no thread yet: `ask` does, and no more than there are replies to wait for."""
+        self._grid, self._count = grid, count
+        self._started, self._missing = 0, 0
+        self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Arrival | Exception | _TimeUp] = queue.SimpleQueue()
+        self._done = threading.Event()
+
+    def ask(self, identifiers: Iterable[str]) -> None:
+        """Wait for the replies to these messages too."""
+        for identifier in identifiers:
+            self._missing += 1
+            self._asked.put(identifier)
+        for number in range(self._started, min(self._count, self._missing)):
+            # Daemons: one that hangs in an upload must not keep the process alive.
+            threading.Thread(target=self._pull, name=f"puller-{number}", daemon=True).start()
+            self._started += 1
+
+    def until(self, timeout_s: float) -> Generator[Arrival]:
+        """Yield each reply that was asked for as it arrives; end when all are there, or after `timeout_s`."""
+        time_up = _TimeUp()
+        timer = threading.Timer(min(timeout_s, threading.TIMEOUT_MAX), lambda: self._arrived.put(time_up))
+        timer.daemon = True
+        timer.start()
+        try:
+            while self._missing:
+                arrival = self._arrived.get()
+                if arrival is time_up:
+                    return
+                if isinstance(arrival, _TimeUp):
+                    continue
+                if isinstance(arrival, Exception):
+                    raise arrival
+                self._missing -= 1
+                yield arrival
+        finally:
+            timer.cancel()
+
+    def close(self) -> None:
+        """End the threads that do not hang; what they pull from now on is lost."""
+        self._done.set()
+
+    def _pull(self) -> None:
+        while not self._done.is_set():
             identifier = None
             with suppress(queue.Empty):
-                identifier = asked.get_nowait()
+                identifier = self._asked.get_nowait()
             if identifier is None:
-                done.wait(_POLL_S)
+                self._done.wait(_POLL_S)
                 continue
             try:
-                reply = pull_one(grid, identifier)
+                reply = pull_one(self._grid, identifier)
             except Exception as error:
-                arrived.put(error)
+                self._arrived.put(error)
                 return
             if reply is not None:
-                arrived.put((identifier, reply))
+                self._arrived.put((identifier, reply))
             else:
-                asked.put(identifier)
-                done.wait(_POLL_S)
-
-    # Daemons: one that hangs in an upload must not keep the process alive.
-    for number in range(pullers):
-        threading.Thread(target=pull, name=f"puller-{number}", daemon=True).start()
-    deadline = threading.TIMEOUT_MAX if timeout_s > threading.TIMEOUT_MAX else timeout_s
-    timer = threading.Timer(deadline, lambda: arrived.put(None))
-    timer.daemon = True
-    timer.start()
-    try:
-        for _ in waiting:
-            arrival = arrived.get()
-            if arrival is None:
-                return
-            if isinstance(arrival, Exception):
-                raise arrival
-            yield arrival
-    finally:
-        timer.cancel()
-        done.set()
+                self._asked.put(identifier)
+                self._done.wait(_POLL_S)

@@ -21,9 +21,10 @@ from protocol.tensors import Layout, NamedTensors, check_values
 from server.arrivals import Unreadable, arrivals, reading
 from server.cohort import Member
 from server.events import SiteReplied
+from server.sending import NOT_SENT, push_all
 from server.statements import checked_statement
 
-__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_used"]
+__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_sent", "not_used"]
 
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
@@ -49,7 +50,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Collected:
-    """How many replies were used, and how the wait was spent."""
+    """How many replies were used, and how the wait was spent. Who could not be asked counts as rejected."""
 
     accepted: int
     rejected: int
@@ -91,13 +92,16 @@ def collect(
     asked = {site: (each, payload_bytes(records[site])) for site, each in assignments.items()}
     sites = {member.node_id: member.site for member in cohort}
     messages = [Message(records[member.site], member.node_id, MessageType.TRAIN) for member in cohort]
-    identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
-    waiting = {
-        identifier: sites[message.metadata.dst_node_id]
-        for identifier, message in zip(identifiers, messages, strict=True)
-    }
+    waiting: dict[str, str] = {}
     counts = {True: 0, False: 0}
     unused: list[str] = []
+    for identifier, message in zip(push_all(grid, messages), messages, strict=True):
+        site = sites[message.metadata.dst_node_id]
+        if identifier is None:
+            counts[False] += 1
+            observe(not_sent(assignments[site].instruction, site))
+        else:
+            waiting[identifier] = site
     aggregating, began = 0.0, clock()
     pulled = arrivals(grid, waiting, timeout_s=timeout_s, pullers=pullers, clock=clock, sleep=sleep)
     for identifier, message in pulled:
@@ -196,6 +200,11 @@ def _verify_clipped(reply: Reply, bound: float, adaptive: bool) -> None:
         )
     if adaptive and reply.header.below_clip is None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
+
+
+def not_sent(instruction: Instruction, site: str) -> SiteReplied:
+    """Return the event of an instruction that did not leave: the site spent nothing, and has nothing to be told."""
+    return not_used(instruction, site, 0, 0, "not_sent", NOT_SENT)
 
 
 def not_used(
