@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
@@ -74,11 +74,17 @@ def summarize(
         if withheld
         else {way: sum(item["bytes"][way] for item in rounds) for way in _WITHHELD},
         "seconds": {
-            **{phase: sum(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
+            **{phase: _total(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
             "total": finished.seconds if finished else None,
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    """Return the sum; None where any part is withheld."""
+    known = list(parts)
+    return None if None in known else sum(part for part in known if part is not None)
 
 
 def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
