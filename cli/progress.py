@@ -173,12 +173,12 @@ class PlainLines:
                 replies = "replies withheld" if event.accepted is None else f"{event.accepted} replies"
                 secret = event.accepted is None
                 up, down = (byte_text(None if secret else count) for count in (self._up, self._down))
+                training = "" if event.train_s is None else f", {event.train_s:.1f} s training"
                 self._print(
-                    f"round {event.round} of {self._rounds}: {replies}, {event.train_s:.1f} s training; "
-                    f"sent {up}, received {down}{epsilon}"
+                    f"round {event.round} of {self._rounds}: {replies}{training}; sent {up}, received {down}{epsilon}"
                 )
             case RunFinished():
-                self._print(f"finished in {event.seconds:.1f} s")
+                self._print("finished" if event.seconds is None else f"finished in {event.seconds:.1f} s")
             case PersonalEvaluated():
                 value = quality_text(event.metric, event.value)
                 self._print(f"each site's own model: held-out {event.metric} {value}")

@@ -110,7 +110,7 @@ def sweep_table(runs: Sequence[tuple[tuple[str, ...], dict[str, Any]]]) -> Table
             quality_text(final["metric"], _tuned(final)),
             epsilon_text(summary["privacy"]["epsilon"]),
             byte_text(summary["bytes"]["up"]),
-            f"{summary['seconds']['total']:.1f}",
+            "withheld" if summary["seconds"]["total"] is None else f"{summary['seconds']['total']:.1f}",
         )
     return table
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from protocol.errors import PrivacyError
 
-__all__ = ["SubsampledGaussian", "Truncation", "gathered"]
+__all__ = ["MOST_SLOTS", "MOST_STEPS", "SubsampledGaussian", "Truncation", "gathered"]
+
+MOST_STEPS, MOST_SLOTS = 10**9, 10**12
+"""In what is read from elsewhere: beyond any training and any data set, and within what accountants compute with."""
 
 
 @dataclass(frozen=True, order=True)
@@ -56,14 +60,42 @@ class SubsampledGaussian:
         """Return the mechanism that `to_json` stored.
 
         Raises:
-            PrivacyError: when it is none; an unknown key is refused, because its cost would be too.
+            PrivacyError: when it is none; an unknown key is refused, because its cost would be too, and so is a value
+                of another type or beyond `MOST_STEPS` and `MOST_SLOTS`, which no accountant could price.
         """
         try:
+            _check_types(stored)
             given = stored.get("truncation")
             parts: dict[str, Any] = {**stored, "truncation": None if given is None else Truncation(**given)}
             return cls(**parts)
         except TypeError as error:
             raise PrivacyError(f"the stored mechanism cannot be read: {error}") from error
+
+
+def _check_types(stored: Mapping[str, Any]) -> None:
+    """Raise a TypeError where a value that is there is of another type than its field, or too large."""
+    for name in ("sampling_rate", "noise_multiplier"):
+        value = stored.get(name, 0)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise TypeError(f"{name}={_short(value)}, expected a finite number")
+    cut = stored.get("truncation")
+    if cut is not None and not isinstance(cut, Mapping):
+        raise TypeError(f"truncation={_short(cut)}, expected slots and cap")
+    _check_count("steps", stored.get("steps", 0), MOST_STEPS)
+    for name, value in (cut or {}).items():  # pyright: ignore[reportUnknownVariableType]
+        _check_count(f"truncation.{name}", value, MOST_SLOTS)
+    if type(stored.get("discrete", False)) is not bool:
+        raise TypeError(f"discrete={_short(stored['discrete'])}, expected true or false")
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    if type(value) is not int or not abs(value) <= most:
+        raise TypeError(f"{name}={_short(value)}, expected a whole number of at most {most:.0e}")
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; Python refuses to write out integers of thousands of digits."""
+    return "an integer beyond 2^200" if type(value) is int and value.bit_length() > 200 else repr(value)[:40]
 
 
 def gathered(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussian, ...]:

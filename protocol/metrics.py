@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.errors import PrivacyError
+from protocol.errors import PrivacyError, ReplyRejected
 
-__all__ = ["METRICS", "Metric", "MetricClass", "releasable"]
+__all__ = ["LARGEST_METRIC", "METRICS", "Metric", "MetricClass", "check_metric", "releasable"]
+
+LARGEST_METRIC = 1e9
+"""In size. Strategies compute with what sites release: powers and products of more would leave the floating point."""
 
 MetricClass = Literal["public", "dp", "private"]
 
@@ -60,3 +63,14 @@ def releasable(metrics: Mapping[str, float], *, protected: bool) -> dict[str, fl
                 "privacy.loss_noise_multiplier to release the loss with noise, or keep it at the site"
             )
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def check_metric(name: str, value: float) -> None:
+    """Check a metric of a reply: finite, and at most `LARGEST_METRIC` in size.
+
+    Raises:
+        ReplyRejected: code `wrong_metric`.
+    """
+    # The comparison is false for NaN.
+    if not abs(value) <= LARGEST_METRIC:
+        raise ReplyRejected("wrong_metric", f"the reply states {name[:40]}={value:g}, above {LARGEST_METRIC:g} in size")

@@ -228,6 +228,7 @@ REFUSALS: Mapping[str, Refusal] = {
 REJECTIONS = frozenset(
     {
         "no_reply",
+        "not_sent",
         "flower_error",
         "refused",
         "malformed_reply",
@@ -240,6 +241,7 @@ REJECTIONS = frozenset(
         "wrong_base_digest",
         "wrong_adapter_digest",
         "wrong_steps",
+        "wrong_metric",
         "missing_tensor",
         "unknown_tensor",
         "wrong_dtype",

@@ -22,11 +22,11 @@ from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from protocol.errors import ConfigError
-from protocol.tensors import NamedTensors
+from protocol.tensors import NamedTensors, digest
 from server.budget import ServerBooks
 from server.collect import Waiting
-from server.evaluation import build_evaluator
-from server.events import Evaluated, Event, Observer, RoundFinished, RunResumed, SiteReplied
+from server.evaluation import Evaluator, build_evaluator
+from server.events import Evaluated, Event, Observer, PersonalEvaluated, RoundFinished, RunResumed, SiteReplied
 from server.rounds import Outcome, run_federation
 from server.run_directory import RunDirectory
 
@@ -74,23 +74,46 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
 
     with directory.recording():
         evaluator = build_evaluator(experiment, launch.heldout)
-        expected = launch.expected_sites or experiment.federation.expected_sites
-        timeout_s = math.inf if launch.waits_forever else experiment.federation.reply_timeout_s
-        outcome = run_federation(
-            grid,
-            experiment,
-            evaluator,
-            directory,
-            observe,
-            expected_sites=expected,
-            timeout_s=timeout_s,
-            pullers=launch.pullers,
-            waiting=launch.waiting,
-        )
-        found = None if launch.personal is None else evaluator.evaluate_each(launch.personal(outcome.adapter))
-        if found is not None:
-            observe(found)
+        outcome = _finished_before(directory) or _federate(grid, launch, evaluator, directory, observe)
+        if launch.personal is not None and not any(isinstance(each, PersonalEvaluated) for each in directory.events):
+            found = evaluator.evaluate_each(launch.personal(outcome.adapter))
+            if found is not None:
+                observe(found)
         return outcome
+
+
+def _federate(grid: Grid, launch: Launch, evaluator: Evaluator, directory: RunDirectory, observe: Observer) -> Outcome:
+    federation = launch.experiment.federation
+    return run_federation(
+        grid,
+        launch.experiment,
+        evaluator,
+        directory,
+        observe,
+        expected_sites=launch.expected_sites or federation.expected_sites,
+        timeout_s=math.inf if launch.waits_forever else federation.reply_timeout_s,
+        pullers=launch.pullers,
+        waiting=launch.waiting,
+    )
+
+
+def _finished_before(directory: RunDirectory) -> Outcome | None:
+    """Return what a run came to that was stopped after its last round, before its summary and report were there; None
+    while rounds are left. No site is asked again for it: they may have left, and their budgets are spent.
+
+    Raises:
+        ConfigError: the checkpoint of the last round is gone.
+    """
+    finished = directory.finished
+    if finished is None:
+        return None
+    checkpoint = directory.newest_checkpoint()
+    if checkpoint is None or digest(checkpoint.adapter) != finished.adapter_digest:
+        raise ConfigError(
+            f"run {directory.path} finished with adapter {finished.adapter_digest[:12]}, and no checkpoint there holds "
+            "it; restore the folder's checkpoints, or use the adapter in it as it is"
+        )
+    return Outcome(checkpoint.adapter, directory.newest_evaluation())
 
 
 def _books(launch: Launch) -> ServerBooks | None:

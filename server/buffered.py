@@ -13,7 +13,7 @@ still at work when the last round ends is executed and booked, and not used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, assert_never
 
@@ -24,10 +24,11 @@ from conf.schema.federation import Buffered, Mode, Synchronous
 from protocol.instructions import Reply
 from protocol.records import instructions_to_records, payload_bytes
 from protocol.tensors import NamedTensors
-from server.arrivals import arrivals
+from server.arrivals import Arrival, Pullers, Unreadable, arrivals
 from server.cohort import Member
-from server.collect import Assignment, Collected, Waiting, accepted, collect, judged, not_used
+from server.collect import Assignment, Collected, Waiting, accepted, collect, judged, not_sent, not_used
 from server.events import SiteReplied
+from server.sending import push_all
 
 __all__ = ["BufferedCollector", "Collector", "collector_for", "staleness_weight"]
 
@@ -49,16 +50,20 @@ class Collector(Protocol):
         """Ask the cohort, hand verified replies to `accept`, and return when the round may end."""
         ...
 
+    def close(self) -> None:
+        """Wait for nobody any more."""
+        ...
+
 
 def collector_for(
     mode: Mode, grid: Grid, timeout_s: float, pullers: int = 0, waiting: Waiting | None = None
 ) -> Collector:
-    """Return how a run collects replies. A buffer pulls in one thread: what a thread pulled too late would be lost."""
+    """Return how a run collects replies, with that many threads that wait for them; 0: the caller's."""
     match mode:
         case Synchronous():
             return _CohortCollector(grid, timeout_s, pullers, waiting)
         case Buffered():
-            return BufferedCollector(grid, mode, timeout_s, waiting or Waiting())
+            return BufferedCollector(grid, mode, timeout_s, waiting or Waiting(), pullers)
         case _:
             assert_never(mode)
 
@@ -97,6 +102,9 @@ class _CohortCollector:
             waiting_by=self.waiting,
         )
 
+    def close(self) -> None:
+        """Nothing outlives a round."""
+
 
 @dataclass(frozen=True)
 class _AtWork:
@@ -109,9 +117,11 @@ class _AtWork:
 class BufferedCollector:
     """Waits for `buffer_size` valid replies; who is still at work stays so."""
 
-    def __init__(self, grid: Grid, mode: Buffered, timeout_s: float, waiting: Waiting) -> None:
+    def __init__(self, grid: Grid, mode: Buffered, timeout_s: float, waiting: Waiting, pullers: int = 0) -> None:
+        """With `pullers` threads, which outlive a round: what one pulls after its end belongs to the next."""
         self._grid, self._mode, self._timeout_s, self._waiting = grid, mode, timeout_s, waiting
         self._at_work: dict[str, _AtWork] = {}
+        self._pullers = Pullers(grid, pullers) if pullers else None
 
     def collect(
         self,
@@ -123,14 +133,13 @@ class BufferedCollector:
     ) -> Collected:
         """Ask the sites of the cohort that are not at work, and take replies in until the buffer is full, nobody is at
         work, or the time is up."""
-        self._ask(round_number, assignments, cohort)
         counts, aggregating, clock = {True: 0, False: 0}, 0.0, self._waiting.clock
+        for site in self._ask(round_number, assignments, cohort):
+            counts[False] += 1
+            observe(not_sent(assignments[site].instruction, site))
         again: list[str] = []
         began = clock()
-        pulled = arrivals(
-            self._grid, self._at_work, timeout_s=self._timeout_s, pullers=0, clock=clock, sleep=self._waiting.sleep
-        )
-        for identifier, message in pulled:
+        for identifier, message in self._arrivals():
             work, folding = self._at_work.pop(identifier), clock()
             outcome, refused = self._taken(work, message, round_number, accept)
             aggregating += clock() - folding
@@ -143,18 +152,37 @@ class BufferedCollector:
         waited = clock() - began - aggregating
         return Collected(counts[True], counts[False], tuple(sorted(again)), waited, aggregating)
 
-    def _ask(self, round_number: int, assignments: Mapping[str, Assignment], cohort: tuple[Member, ...]) -> None:
+    def close(self) -> None:
+        """End the threads; who is still at work is not waited for."""
+        if self._pullers is not None:
+            self._pullers.close()
+
+    def _arrivals(self) -> Iterable[Arrival]:
+        if self._pullers is not None:
+            return self._pullers.until(self._timeout_s)
+        clock, sleep = self._waiting.clock, self._waiting.sleep
+        return arrivals(self._grid, self._at_work, timeout_s=self._timeout_s, pullers=0, clock=clock, sleep=sleep)
+
+    def _ask(
+        self, round_number: int, assignments: Mapping[str, Assignment], cohort: tuple[Member, ...]
+    ) -> tuple[str, ...]:
+        """Send the idle sites of the cohort their work, and return those whose instruction did not leave."""
         busy = {work.site for work in self._at_work.values()}
         idle = [member for member in cohort if member.site not in busy]
         sent = instructions_to_records({each.site: assignments[each.site].instruction for each in idle})
         messages = [Message(sent[each.site], each.node_id, MessageType.TRAIN) for each in idle]
-        identifiers = self._grid.push_messages(messages) if messages else ()
-        for identifier, member in zip(identifiers, idle, strict=True):
-            assignment = assignments[member.site]
-            down = payload_bytes(sent[member.site])
-            self._at_work[identifier] = _AtWork(member.site, round_number, assignment, down)
+        pushed = dict(zip((member.site for member in idle), push_all(self._grid, messages), strict=True))
+        asked = {identifier: site for site, identifier in pushed.items() if identifier is not None}
+        for identifier, site in asked.items():
+            down = payload_bytes(sent[site])
+            self._at_work[identifier] = _AtWork(site, round_number, assignments[site], down)
+        if self._pullers is not None:
+            self._pullers.ask(asked)
+        return tuple(site for site, identifier in pushed.items() if identifier is None)
 
-    def _taken(self, work: _AtWork, message: Message, round_number: int, accept: Accept) -> tuple[SiteReplied, bool]:
+    def _taken(
+        self, work: _AtWork, message: Message | Unreadable, round_number: int, accept: Accept
+    ) -> tuple[SiteReplied, bool]:
         """Return what became of a reply, as an event of the round that it came into, and whether it is a refusal."""
         instruction, staleness = work.assignment.instruction, round_number - work.round
         outcome, reply, refused = judged(message, work.site, instruction, work.assignment.expected, work.bytes_down)

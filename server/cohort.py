@@ -17,6 +17,7 @@ from privacy.ledger import VerifyingKey
 from protocol.cards import CHALLENGE_BYTES, SiteCard
 from protocol.errors import FederationError, ReplyRejected
 from protocol.records import challenge_to_record, record_to_card
+from server.arrivals import Unreadable, pull_one, reading
 
 __all__ = ["Member", "draw_cohort", "draw_in_rotation", "enroll", "of_full_rank", "weights_of"]
 
@@ -165,6 +166,18 @@ def weights_of(cohort: tuple[Member, ...], kind: str) -> Mapping[str, float]:
     }
 
 
+def _card_of(reply: Message | Unreadable) -> SiteCard:
+    """Return the card in a reply.
+
+    Raises:
+        ReplyRejected: there is none that can be read, whatever the node sent instead.
+    """
+    if isinstance(reply, Unreadable):
+        raise ReplyRejected("malformed_card", reply.reason)
+    with reading("the card", "malformed_card"):
+        return record_to_card(reply.content)
+
+
 class _Roll:
     """The connected nodes: who was asked for a card, and who sent one."""
 
@@ -198,7 +211,8 @@ class _Roll:
                 self._ask(node)
         for node, query in tuple(self.pending.items()):
             # Not by sender: a node that died is reported under the SuperLink's own id.
-            for reply in self._grid.pull_messages([query]):
+            reply = pull_one(self._grid, query)
+            if reply is not None:
                 del self.pending[node]
                 self._take(node, reply)
 
@@ -210,12 +224,12 @@ class _Roll:
             if query:
                 self._queries[node], self.pending[node] = challenge, query
 
-    def _take(self, node: int, reply: Message) -> None:
-        if reply.has_error():
+    def _take(self, node: int, reply: Message | Unreadable) -> None:
+        if isinstance(reply, Message) and reply.has_error():
             _log.warning("node %d sent no card: %s", node, reply.error.reason)
             return
         try:
-            member = Member(node, self._signed(record_to_card(reply.content), self._queries[node]))
+            member = Member(node, self._signed(_card_of(reply), self._queries[node]))
         except ReplyRejected as error:
             _log.warning("node %d sent no usable card: %s", node, error)
             return

@@ -15,13 +15,16 @@ from protocol.codecs.base import WireContext, value_count
 from protocol.codecs.build import build_codec
 from protocol.errors import ReplyRejected
 from protocol.instructions import Instruction, PrivacyStatement, Reply
+from protocol.metrics import check_metric
 from protocol.records import instructions_to_records, payload_bytes, record_to_reply
 from protocol.tensors import Layout, NamedTensors, check_values
-from server.arrivals import arrivals
+from server.arrivals import Unreadable, arrivals, reading
 from server.cohort import Member
 from server.events import SiteReplied
+from server.sending import NOT_SENT, push_all
+from server.statements import checked_statement
 
-__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_used"]
+__all__ = ["Assignment", "Collected", "Waiting", "accepted", "collect", "judged", "not_sent", "not_used"]
 
 _ROUNDING = 1e-5
 """Relative; a clipped update is rounded to float32. The server takes off what is above before it sums."""
@@ -47,7 +50,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Collected:
-    """How many replies were used, and how the wait was spent."""
+    """How many replies were used, and how the wait was spent. Who could not be asked counts as rejected."""
 
     accepted: int
     rejected: int
@@ -89,13 +92,16 @@ def collect(
     asked = {site: (each, payload_bytes(records[site])) for site, each in assignments.items()}
     sites = {member.node_id: member.site for member in cohort}
     messages = [Message(records[member.site], member.node_id, MessageType.TRAIN) for member in cohort]
-    identifiers = list(grid.push_messages(messages)) if messages else []  # a Poisson cohort may be empty
-    waiting = {
-        identifier: sites[message.metadata.dst_node_id]
-        for identifier, message in zip(identifiers, messages, strict=True)
-    }
+    waiting: dict[str, str] = {}
     counts = {True: 0, False: 0}
     unused: list[str] = []
+    for identifier, message in zip(push_all(grid, messages), messages, strict=True):
+        site = sites[message.metadata.dst_node_id]
+        if identifier is None:
+            counts[False] += 1
+            observe(not_sent(assignments[site].instruction, site))
+        else:
+            waiting[identifier] = site
     aggregating, began = 0.0, clock()
     pulled = arrivals(grid, waiting, timeout_s=timeout_s, pullers=pullers, clock=clock, sleep=sleep)
     for identifier, message in pulled:
@@ -131,18 +137,21 @@ def accepted(
 
 
 def judged(
-    message: Message, site: str, instruction: Instruction, expected: Layout, bytes_down: int
+    message: Message | Unreadable, site: str, instruction: Instruction, expected: Layout, bytes_down: int
 ) -> tuple[SiteReplied, Reply | None, bool]:
     """Return what became of a reply, the reply itself when it may be aggregated, and whether it is a refusal."""
+    if isinstance(message, Unreadable):
+        return not_used(instruction, site, bytes_down, 0, "malformed_reply", message.reason), None, False
     if message.has_error():
         reason = f"Flower error {message.error.code}"
         return not_used(instruction, site, bytes_down, 0, "flower_error", reason), None, False
     bytes_up, stated, refused = 0, None, False
     try:
-        bytes_up = payload_bytes(message.content)
-        reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
+        with reading("the reply", "malformed_reply"):
+            bytes_up = payload_bytes(message.content)
+            reply = record_to_reply(message.content, most_bytes=4 * value_count(expected))
         # The update was seen, so what it cost counts, whether or not it is used.
-        stated, refused = reply.header.privacy, reply.header.status == "refused"
+        stated, refused = checked_statement(reply.header.privacy), reply.header.status == "refused"
         reply = _verified(reply, site, instruction, expected)
     except ReplyRejected as problem:
         return not_used(instruction, site, bytes_down, bytes_up, problem.code, str(problem), stated), None, refused
@@ -169,6 +178,8 @@ def _verified(reply: Reply, site: str, instruction: Instruction, expected: Layou
         raise ReplyRejected(
             "wrong_steps", f"the reply states {header.steps} steps, asked were {asked.plan.local.steps} or fewer"
         )
+    for name, value in header.metrics.items():
+        check_metric(name, value)
     codec = build_codec(asked.plan.quantization)
     context = WireContext(asked.plan.run, asked.round, site, "up")
     decoded = replace(reply, tensors=codec.decode(reply.tensors, expected, context))
@@ -189,6 +200,11 @@ def _verify_clipped(reply: Reply, bound: float, adaptive: bool) -> None:
         )
     if adaptive and reply.header.below_clip is None:
         raise ReplyRejected("missing_bit", "the reply does not say whether its norm was below the clip")
+
+
+def not_sent(instruction: Instruction, site: str) -> SiteReplied:
+    """Return the event of an instruction that did not leave: the site spent nothing, and has nothing to be told."""
+    return not_used(instruction, site, 0, 0, "not_sent", NOT_SENT)
 
 
 def not_used(

@@ -88,16 +88,17 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class RoundFinished:
-    """A round's adapter is final. Seconds are wall time at the server. Counts are None where cohorts are secret."""
+    """A round's adapter is final. Seconds are wall time at the server. Where cohorts are secret, counts are None, and
+    so are the seconds that grow with a cohort: an empty one is not waited for."""
 
     round: int
     accepted: int | None
     rejected: int | None
     update_norm: float
-    train_s: float
-    aggregate_s: float
+    train_s: float | None
+    aggregate_s: float | None
     evaluate_s: float
-    other_s: float
+    other_s: float | None
     privacy: PrivacyStatement | None = None
     """Client-level: what the run costs so far."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -110,7 +111,8 @@ class RunFinished:
     """The last adapter is stored."""
 
     run: str
-    seconds: float
+    seconds: float | None
+    """None where cohorts are secret."""
     adapter_digest: str
     kind: Literal["run_finished"] = "run_finished"
 

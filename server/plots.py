@@ -247,6 +247,8 @@ def _drift_line(summary: Mapping[str, Any]) -> Line:
 def _time(summary: Mapping[str, Any]) -> Plot:
     name, title = "time", "Where the time went"
     seconds = summary["seconds"]
+    if seconds["train"] is None:
+        return Plot(name, title, "Left out: it would tell how many sites were in a secret cohort.", wide=True)
     keys = {"training at sites": "train", "aggregation": "aggregate", "evaluation": "evaluate", "other work": "other"}
     phases = {phase: seconds.get(key) or 0.0 for phase, key in keys.items()}
     measured = sum(phases.values())

@@ -55,7 +55,7 @@ def render_report(summary: Mapping[str, Any], experiment: Experiment) -> str:
         lstrip_blocks=True,
     )
     filters: dict[str, Any] = environment.filters
-    for show in (_number, _bound, _size, _seconds, _percent, _measure, _plural):
+    for show in (_number, _bound, _size, _time, _percent, _measure, _plural):
         filters[show.__name__.strip("_")] = show
     rounds = summary["rounds"]
     return environment.get_template("report.html.j2").render(
@@ -167,11 +167,21 @@ def _facts(summary: Mapping[str, Any], experiment: Experiment) -> list[tuple[str
         ("Largest ε", epsilon),
         ("Trained values", f"{summary['adapter']['trained_values']:,}"),
         ("Data moved", _size(None if None in summary["bytes"].values() else sum(summary["bytes"].values()))),
-        ("Time", _seconds(summary["seconds"]["total"] or sum(v or 0.0 for v in summary["seconds"].values()))),
+        ("Time", _time(summary["seconds"])),
     ]
     if found is not None:
         facts.insert(2, (f"Last {found['metric']}", _measure(tuned_quality(found)[0], found["metric"])))
     return facts
+
+
+def _time(seconds: Mapping[str, float | None]) -> str:
+    """Return the time of a round, or of a whole run, or of its rounds where it ended early. That of a secret cohort
+    would tell of it."""
+    if not seconds:
+        return _MISSING
+    if seconds["train"] is None:
+        return "withheld"
+    return _seconds(seconds.get("total") or sum(value or 0.0 for value in seconds.values()))
 
 
 def _released(rounds: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

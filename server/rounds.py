@@ -124,7 +124,7 @@ def run_federation(
         root,
     )
     observe = protection.observer(observe)
-    with closing(protection):
+    with closing(protection), closing(collector):
         names = tuple(member.site for member in members)
         if checkpoint is None:
             values = sum(adapter[name].numel() for name in strategy.trained(run.names, 1))

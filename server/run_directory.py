@@ -59,7 +59,8 @@ class RunDirectory:
 
         Raises:
             ConfigError: the folder exists and is not empty; or it is to be resumed and holds no run, another
-                experiment, or a run that has finished or is still going on.
+                experiment, or a run that is still going on, or has finished and left its summary and report. One that
+                was stopped between its last round and these is resumed to write them.
         """
         if not resume:
             refuse_existing(path)
@@ -74,7 +75,7 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         self._handle = _lock(path)
         self._events: list[Event] = surviving(_stored_events(path)) if resume else []
-        if any(isinstance(event, RunFinished) for event in self._events):
+        if self.finished is not None and _is_told(path):
             raise ConfigError(f"run {path} has finished; to repeat it: cloister simulate --from {path}")
         write_atomically(path / "config.json", experiment.canonical_json().encode())
 
@@ -82,6 +83,11 @@ class RunDirectory:
     def events(self) -> tuple[Event, ...]:
         """Everything observed so far."""
         return tuple(self._events)
+
+    @property
+    def finished(self) -> RunFinished | None:
+        """The event with which the last round's adapter was stored; None before."""
+        return next((event for event in self._events if isinstance(event, RunFinished)), None)
 
     def observe(self, event: Event) -> None:
         """Append an event to `metrics.jsonl`."""
@@ -182,6 +188,15 @@ def _refuse_other(path: Path, experiment: Experiment) -> None:
         raise ConfigError(f"{path} is no run directory: it has no config.json, so there is nothing to resume")
     if Experiment.model_validate_json(config.read_bytes()).digest != experiment.digest:
         raise ConfigError(f"run {path} was started with another experiment; a run is resumed as it was")
+
+
+def _is_told(path: Path) -> bool:
+    """Return whether a run that finished has said so in both of its files."""
+    try:
+        status = json.loads((path / "summary.json").read_bytes())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return status == "finished" and (path / "report.html").is_file()
 
 
 def _lock(path: Path) -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from typing import Any
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, LocalPrivacy, NoPrivacy, Privacy, local_privacy
-from privacy.accounting import epsilon_of, epsilon_over_sites
-from privacy.mechanisms import SubsampledGaussian
-from protocol.errors import PrivacyError
 from protocol.instructions import PrivacyStatement
 from server.events import (
     Evaluated,
@@ -24,6 +21,7 @@ from server.events import (
     RunStarted,
     SiteReplied,
 )
+from server.statements import epsilon_of_group, epsilon_over_several
 
 __all__ = ["SUMMARY_VERSION", "summarize", "tuned_quality"]
 
@@ -76,11 +74,17 @@ def summarize(
         if withheld
         else {way: sum(item["bytes"][way] for item in rounds) for way in _WITHHELD},
         "seconds": {
-            **{phase: sum(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
+            **{phase: _total(item["seconds"].get(phase, 0.0) for item in rounds) for phase in _PHASES},
             "total": finished.seconds if finished else None,
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
+
+
+def _total(parts: Iterable[float | None]) -> float | None:
+    """Return the sum; None where any part is withheld."""
+    known = list(parts)
+    return None if None in known else sum(part for part in known if part is not None)
 
 
 def _privacy(experiment: Experiment, events: Sequence[Event]) -> dict[str, Any]:
@@ -122,38 +126,29 @@ def _server_promise(config: Privacy, events: Sequence[Event], several: int) -> d
     if not stated:
         return _promise(None, 0.0, None, several, 0.0)
     last = stated[-1]
-    return _promise(last, last.epsilon_run, last.delta, several, _over_sites([last], last.epsilon_run, several))
+    joint = last.epsilon_run if several == 1 else _at_least(last.epsilon_run, epsilon_of_group(last, several))
+    return _promise(last, last.epsilon_run, last.delta, several, joint)
 
 
 def _site_promise(config: LocalPrivacy, events: Sequence[Event], several: int) -> dict[str, Any] | None:
-    """Return what the sites' own noise promises: a record lives at one site, so it is the worst site's, never a sum."""
+    """Return what the sites' own noise promises: a record lives at one site, so it is the worst site's, never a sum.
+
+    What a site states in a reply that is not used counts: the update was seen. A site that lies could say the same in
+    one that is used, and leaving it out would understate what honest sites have spent.
+    """
     if isinstance(config, NoPrivacy):
         return None
     latest = {event.site: event.privacy for event in events if isinstance(event, SiteReplied) and event.privacy}
     epsilon = max((statement.epsilon_run for statement in latest.values()), default=0.0)
     delta = max((statement.delta or 0.0 for statement in latest.values()), default=None)
     stated = list(latest.values())
-    return _promise(stated[-1] if stated else None, epsilon, delta, several, _over_sites(stated, epsilon, several))
+    joint = epsilon if several == 1 or not delta else _at_least(epsilon, epsilon_over_several(stated, several))
+    return _promise(stated[-1] if stated else None, epsilon, delta, several, joint)
 
 
-def _over_sites(stated: Sequence[PrivacyStatement], epsilon: float, several: int) -> float | None:
-    """Return ε for a person who is known at `several` sites, at the largest δ of any; None where a site's statement
-    holds nothing that an accountant could read.
-
-    Of whole sites, which the server's one statement is about, it is the ε of a group.
-    """
-    delta = max((statement.delta or 0.0 for statement in stated), default=0.0)
-    if several == 1 or not delta:
-        return epsilon
-    try:
-        executed = [[SubsampledGaussian.from_json(each) for each in statement.mechanisms] for statement in stated]
-    except PrivacyError:
-        return None
-    if not all(executed):
-        return None
-    if stated[0].unit == "site":
-        return max(epsilon, epsilon_of(executed[0], delta, group_size=several))
-    return max(epsilon, epsilon_over_sites(executed, delta, overlap=min(several, len(executed))))
+def _at_least(epsilon: float, joint: float | None) -> float | None:
+    """Return the ε of several, which is never below that of one; None where it is unknown."""
+    return None if joint is None else max(epsilon, joint)
 
 
 def _sites(events: Sequence[Event]) -> dict[str, Any]:

@@ -240,7 +240,8 @@ def _server(folder: Path) -> tuple[float, float, float]:
     started = {event.round: at for at, event in moments if isinstance(event, RoundStarted)}
     finished = {event.round: (at, event) for at, event in moments if isinstance(event, RoundFinished)}
     at, event = finished[2]
-    return event.other_s + event.aggregate_s, started[3] - at, started[2] - began
+    ours = (event.other_s or 0.0) + (event.aggregate_s or 0.0)  # withheld of secret cohorts alone
+    return ours, started[3] - at, started[2] - began
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from protocol.errors import ReplyRejected
+from protocol.metrics import check_metric
 from protocol.tensors import NamedTensors
 from strategies.base import Aggregator, Contribution, Names, ServerHalf, ServerState
 from strategies.mean import UpdateSum, checked_weight
@@ -59,12 +60,15 @@ class _FairAggregator:
 
         Raises:
             ValueError: a weight that is not positive and finite.
-            ReplyRejected: code `no_loss`, for a site that released none.
+            ReplyRejected: code `no_loss`, for a site that released none; `wrong_metric`, for one so large that F^q
+                would overflow, and end the run for all.
         """
         weight = checked_weight(contribution.weight)
-        released = contribution.metrics.get("training_loss", contribution.metrics.get("noisy_training_loss"))
+        name = "training_loss" if "training_loss" in contribution.metrics else "noisy_training_loss"
+        released = contribution.metrics.get(name)
         if released is None:
             raise ReplyRejected("no_loss", "objective=qfedavg needs a training loss and the site released none")
+        check_metric(name, released)
         rate = contribution.learning_rate * contribution.effective_steps / contribution.steps
         loss, lipschitz = max(released, 0.0) + _LEAST_LOSS, 1 / rate
         norm = lipschitz**2 * sum(float(tensor.double().square().sum()) for tensor in contribution.update.values())

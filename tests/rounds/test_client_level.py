@@ -205,7 +205,22 @@ def test_an_empty_secret_cohort_is_noised_and_stepped_and_names_nobody(run: Call
     assert made.summary["bytes"] == {"down": None, "up": None}
     assert all(site["bytes"] == {"down": None, "up": None} for site in made.summary["sites"].values())
     assert "withheld" in (made.path / "report.html").read_text()
-    assert all(json.loads(event)["accepted"] is None for event in events if '"round_finished"' in event)
+    finished = [json.loads(event) for event in events if '"round_finished"' in event]
+    assert len(finished) == 8
+    # An empty cohort is not waited for, and what is folded takes time: either would tell.
+    for told in ("accepted", "rejected", "train_s", "aggregate_s", "other_s"):
+        assert {event[told] for event in finished} == {None}, told
+    assert json.loads(events[-1]) | {"adapter_digest": ""} == {
+        "kind": "run_finished",
+        "run": made.path.name,
+        "seconds": None,
+        "adapter_digest": "",
+    }
+    for seconds in (made.summary["seconds"], *(item["seconds"] for item in made.summary["rounds"])):
+        assert {phase for phase, value in seconds.items() if value is not None} == {"evaluate"}
+    page = (made.path / "report.html").read_text()
+    assert "it would tell how many sites were in a secret cohort" in page
+    assert "could not be drawn" not in page
 
 
 MOST_OF_THEM = ("federation.cohort_sampling=poisson", "federation.cohort_size=9", "federation.rounds=3")

@@ -16,7 +16,7 @@ from protocol.errors import FederationError
 from protocol.instructions import Instruction
 from protocol.records import record_to_instruction
 from server.app import Launch, serve
-from server.arrivals import arrivals
+from server.arrivals import Pullers, arrivals
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
 
@@ -108,6 +108,35 @@ def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(
     }
     assert [instruction.header.unused_rounds for instruction in grid.instructions] == [(), (1,)]
     assert f"site {SLOW}: the server did not use rounds [1]" in caplog.text
+
+
+def test_a_slow_upload_holds_up_no_buffer(tmp_path: Path, stuck: threading.Event) -> None:
+    """Each round ends with the first reply; the site that hangs is asked once, and never waited for."""
+    grid = grid_of(sites_of(tmp_path), stuck)
+    observed: list[Any] = []
+    experiment = compose_experiment([*OVERRIDES, "federation=buffered", "federation.mode.buffer_size=1"])
+    serve(grid, Launch(experiment, tmp_path / "run", (observed.append,), (), expected_sites=2, pullers=2))
+    replies = [(each.round, each.site, each.accepted) for each in observed if each.kind == "site_replied"]
+    assert replies == [(1, "harbor", True), (2, "harbor", True)]
+    assert len(grid.instructions) == 1
+
+
+def test_what_is_pulled_after_a_deadline_comes_before_the_next_one(stuck: threading.Event) -> None:
+    class Slow:
+        def pull_messages(self, message_ids: Iterable[str]) -> list[str]:
+            (identifier,) = message_ids
+            if identifier == "slow":
+                stuck.wait()
+            return [f"reply to {identifier}"]
+
+    grid: Any = Slow()
+    threads = Pullers(grid, 2)
+    threads.ask(["slow", "quick"])
+    assert list(threads.until(1.0)) == [("quick", "reply to quick")]
+    stuck.set()
+    threads.ask(["third"])
+    assert sorted(threads.until(30.0)) == [("slow", "reply to slow"), ("third", "reply to third")]
+    threads.close()
 
 
 def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path, stuck: threading.Event) -> None:

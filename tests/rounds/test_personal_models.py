@@ -8,6 +8,7 @@ import pytest
 from cli.tables import outcome_table, sweep_table
 from conf.compose import compose_experiment
 from finetuning.checkpoints import load_tensors
+from server.evaluation import Evaluator
 from server.report import render_report
 from simulations.simulate import Simulated, simulate
 from simulations.study_cells import Labels, compose_cell, run_cells
@@ -36,6 +37,27 @@ def test_each_sites_own_model_is_better_than_the_base(done: Simulated) -> None:
     assert final["personal"]["groups"].keys() == SITES
     for site, value in final["personal"]["groups"].items():
         assert value < final["base_groups"][site], site
+
+
+def test_a_run_whose_personal_evaluation_failed_is_resumed_with_it(
+    done: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with monkeypatch.context() as broken:
+
+        def fail(*_: object) -> None:
+            raise MemoryError("no room for the sites' own models")
+
+        broken.setattr(Evaluator, "evaluate_each", fail)
+        with pytest.raises(MemoryError):
+            simulate(compose_experiment(SMOKE), path)
+    assert json.loads((path / "summary.json").read_text())["status"] == "failed"
+    resumed = simulate(compose_experiment(SMOKE), path, resume=True).summary
+    assert resumed["status"] == "finished"
+    assert resumed["final"] == done.summary["final"]
+    kinds = [json.loads(line)["kind"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds[-2:] == ["run_finished", "personal_evaluated"]
+    assert "run_resumed" not in kinds
 
 
 def test_what_a_site_keeps_is_not_at_the_server(done: Simulated) -> None:

@@ -16,7 +16,7 @@ from client.app import client_app
 from client.site import Site
 from conf.compose import compose_experiment
 from protocol.errors import FederationError
-from protocol.instructions import Instruction, Reply
+from protocol.instructions import Instruction, PrivacyStatement, Reply
 from server.app import Launch, serve
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
@@ -112,6 +112,12 @@ def with_header(**values: Any) -> Tamper:
     return lambda reply: replace(reply, header=reply.header.model_copy(update=values))
 
 
+def stating(**changed: Any) -> PrivacyStatement:
+    """Return a statement with one mechanism, in which something is changed."""
+    mechanism = {"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 4} | changed
+    return PrivacyStatement(unit="", relation="", sampling_rate=0.1, steps_executed=4, mechanisms=(mechanism,))
+
+
 def one_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         changed = tensor.clone()
@@ -150,6 +156,9 @@ def crash(_: Reply) -> Reply:
         (with_header(adapter_digest="0" * 64), "wrong_adapter_digest", "the reply answers adapter_digest='000"),
         (with_header(round=7), "wrong_round", "the reply answers round=7, asked was"),
         (with_header(site="eastfield"), "wrong_site", "the reply answers site='eastfield', asked was 'harbor'"),
+        (with_header(metrics={"training_loss": 1e300}), "wrong_metric", "states training_loss=1e+300, above 1e+09"),
+        (with_header(privacy=stating(steps=2.5)), "malformed_reply", "steps=2.5, expected a whole number"),
+        (with_header(privacy=stating(steps=10**30)), "malformed_reply", "steps=1000000000000000000000000000000,"),
         (
             with_header(status="refused", code="not_today", reason="the ward is closed"),
             "not_today",

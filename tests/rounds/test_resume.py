@@ -36,9 +36,9 @@ OVERRIDES = (
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import finetuning.checkpoints, server.rounds, client.rounds
+import finetuning.checkpoints, server.run_directory, server.rounds, client.rounds
 from conf.compose import compose_experiment
-from server.events import RoundStarted, SiteReplied, RoundFinished
+from server.events import RoundStarted, SiteReplied, RoundFinished, RunFinished
 from simulations.simulate import simulate
 from strategies.averaging import Averaging
 
@@ -70,6 +70,10 @@ elif point == "during the checkpoint":
     finetuning.checkpoints.os.replace = (
         lambda source, to: die() if str(to).endswith("round-00002.safetensors") else replace(source, to)
     )
+elif point == "before the summary":
+    observe = lambda event: die() if isinstance(event, RunFinished) else None
+elif point == "before the report":
+    server.run_directory.write_report = die
 simulate(compose_experiment(sys.argv[3:]), path, (observe,))
 """
 
@@ -117,6 +121,37 @@ def test_a_killed_run_goes_on_to_the_same_adapter(point: str, expected: str, tmp
             assert site["privacy"]["steps_executed"] <= 3
     with pytest.raises(ConfigError, match=r"run .* has finished; to repeat it: cloister simulate --from"):
         simulate(experiment, path, resume=True)
+
+
+@pytest.mark.parametrize("point", ["before the summary", "before the report"])
+def test_a_run_killed_after_its_last_round_leaves_its_summary_when_resumed(
+    point: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), point, *OVERRIDES], capture_output=True, text=True, timeout=240
+    )
+    assert died.returncode == -9, died.stderr[-2000:]
+    assert not (path / "report.html").exists()
+    before = (path / "metrics.jsonl").read_text()
+    resumed = simulate(compose_experiment(OVERRIDES), path, resume=True).summary
+    assert (resumed["status"], resumed["adapter"]["digest"]) == ("finished", expected)
+    assert [each["round"] for each in resumed["rounds"]] == [1, 2, 3]
+    assert resumed["seconds"]["total"] > 0
+    assert "finished" in (path / "report.html").read_text()
+    assert (path / "metrics.jsonl").read_text() == before, "no site was asked, and nothing spent"
+    with pytest.raises(ConfigError, match=r"run .* has finished; to repeat it: cloister simulate --from"):
+        simulate(compose_experiment(OVERRIDES), path, resume=True)
+
+
+def test_a_finished_run_whose_last_checkpoint_is_gone_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    overrides = (*OVERRIDES, "federation.rounds=1")
+    simulate(compose_experiment(overrides), path)
+    (path / "report.html").unlink()
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(ConfigError, match=r"finished with adapter .*, and no checkpoint there holds it; restore"):
+        simulate(compose_experiment(overrides), path, resume=True)
 
 
 def test_encoded_changes_go_on_too(tmp_path: Path) -> None:

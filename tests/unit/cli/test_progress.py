@@ -83,6 +83,16 @@ def test_plain_lines() -> None:
     assert "finished in 12.3 s" in text
 
 
+def test_plain_lines_of_a_secret_cohort_tell_no_times() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    lines = PlainLines(console)
+    finished = RoundFinished(1, None, None, 0.5, None, None, 2.0, None)
+    for event in (EVENTS[0], finished, RunFinished("run-1", None, "d")):
+        lines.observe(event)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "round 1 of 2: replies withheld; sent withheld, received withheld\nfinished\n" in text
+
+
 @pytest.mark.parametrize(("wanted", "expected"), [("auto", "run run-1"), ("plain", "run run-1"), ("none", "")])
 def test_where_there_is_no_terminal(wanted: str, expected: str) -> None:
     console = Console(file=io.StringIO(), width=200)

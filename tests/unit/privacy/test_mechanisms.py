@@ -45,7 +45,25 @@ def test_json_is_readable_and_the_two_last_fields_may_be_left_out() -> None:
         ({"sampling_rate": 0.1, "noise_multiplier": 1.0}, "steps"),
         ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, "matrix": [1]}, "matrix"),
         ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, "truncation": {"slots": 1}}, "cap"),
-        ({"sampling_rate": "a", "noise_multiplier": 1.0, "steps": 1}, "not supported"),
+        ({"sampling_rate": "a", "noise_multiplier": 1.0, "steps": 1}, "sampling_rate='a', expected a finite number"),
+        ({"sampling_rate": True, "noise_multiplier": 1.0, "steps": 1}, "sampling_rate=True, expected a finite number"),
+        ({"sampling_rate": 0.1, "noise_multiplier": 10**400, "steps": 1}, "an integer beyond 2.200, expected a finite"),
+        (
+            {"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 2.5},
+            "steps=2.5, expected a whole number of at most",
+        ),
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": True}, "steps=True, expected a whole number"),
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 10**9 + 1}, "expected a whole number of at most 1e"),
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": -(10**5000)}, "steps=an integer beyond"),
+        (
+            {"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, "truncation": [1, 1]},
+            r"truncation=\[1, 1\], exp",
+        ),
+        (
+            {"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, "truncation": {"slots": 10**30, "cap": 1}},
+            "truncation.slots=1000.*, expected a whole number",
+        ),
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 1, "discrete": 1}, "discrete=1, expected true or"),
     ],
 )
 def test_what_cannot_be_read_is_refused(stored: dict[str, object], complaint: str) -> None:

@@ -52,7 +52,7 @@ def test_a_code_that_the_source_does_not_name_has_a_sentence_too() -> None:
         SiteRefusal("patient_miller", "")
     found = raised("ReplyRejected", "protocol", "strategies")
     assert found >= {"malformed_payload", "wrong_shape"}
-    of_replies_alone = {"malformed_reply", "malformed_card", "no_loss"}
+    of_replies_alone = {"malformed_reply", "malformed_card", "wrong_metric", "no_loss"}
     assert found - REFUSALS.keys() == of_replies_alone
 
 

@@ -99,6 +99,26 @@ def test_a_person_at_several_sites_pays_for_all_that_was_booked_there() -> None:
     assert over_sites() is None
 
 
+@pytest.mark.parametrize(
+    ("stated", "figure"),
+    [
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 2.5}, None),
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 10**400}, None),
+        ({"sampling_rate": 0.5, "noise_multiplier": 1e300, "steps": 10}, None),
+        ({"sampling_rate": 0.5, "noise_multiplier": 1e-300, "steps": 10}, None),
+        # Loss distributions would take hours: the Rényi cost is an upper bound too.
+        ({"sampling_rate": 0.1, "noise_multiplier": 1.0, "steps": 10**9}, pytest.approx(1.526847e7, rel=1e-4)),
+    ],
+)
+def test_whatever_a_site_states_a_finished_run_has_a_summary(stated: dict[str, Any], figure: object) -> None:
+    honest = statement(0.5).model_copy(update={"mechanisms": (SubsampledGaussian(0.1, 2.0, 8).to_json(),)})
+    lying = statement(0.5).model_copy(update={"mechanisms": (stated,), "unit": "site"})
+    events = [SiteReplied(1, "north", True, 1, 1, honest), SiteReplied(1, "south", True, 1, 1, lying)]
+    made = summary(STARTED, *events, overrides=("federation.sites_per_person=2",))["privacy"]
+    assert made["epsilon_over_sites"] == figure
+    assert made["epsilon"] == 0.5
+
+
 def test_a_run_that_never_started() -> None:
     made = summary(status="failed")
     assert made["status"] == "failed"

@@ -221,6 +221,16 @@ def test_q_fedavg_takes_no_reply_without_a_loss() -> None:
         aggregator.accumulate(Contribution({NAME: torch.ones(2)}, 1.0))
 
 
+@pytest.mark.parametrize("loss", [1e300, float("inf"), float("nan"), -1e300])
+def test_q_fedavg_takes_no_loss_whose_power_would_overflow(loss: float) -> None:
+    aggregator = build_strategy(FedIT(objective=QFedAvg(q=20))).server.aggregator({NAME: torch.zeros(2)}, ServerState())
+    with pytest.raises(ReplyRejected, match=r"the reply states noisy_training_loss=.*, above 1e\+09 in size"):
+        aggregator.accumulate(Contribution({NAME: torch.ones(2)}, 1.0, metrics={"noisy_training_loss": loss}))
+    for allowed in (1e9, 1.0):
+        aggregator.accumulate(Contribution({NAME: torch.ones(2)}, 1.0, metrics={"noisy_training_loss": allowed}))
+    assert bool(aggregator.result()[NAME].isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [
