@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from conf.schema.site import SiteFile
-from privacy.ledger.keys import load_verifying_key
+from privacy.ledger import load_or_create_keys
 from server.deployment.folder import ServerFolder
 from server.deployment.web import Door
 
@@ -231,8 +231,8 @@ class Organization:
 
     @property
     def public_key(self) -> str:
-        """In hex, as `federation.site_keys` has it; there once the site has served."""
-        return load_verifying_key(self.state / "ledger.pub").to_hex()
+        """In hex, as `federation.site_keys` has it."""
+        return load_or_create_keys(self.state).signing.verifying.to_hex()
 
     def serve(self) -> Callable[[], None]:
         """Start the site's own process, and return what waits until it listens."""
