@@ -15,16 +15,10 @@ from server.app import Launch, serve
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
 
+from .quick_runs import QUICK
+
 OVERRIDES = (
-    "experiment=smoke",
-    "privacy=none",
-    "data.max_records=60",
-    "data.max_length=64",
-    "federation.rounds=2",
-    "federation.local.steps=1",
-    "federation.local.expected_batch_size=2",
-    "evaluation.every=0",
-    "runtime.threads=1",
+    *QUICK,
     "data.partition.sites=[eastfield,harbor,millbrook]",
 )
 SITES = ("eastfield", "harbor", "millbrook")

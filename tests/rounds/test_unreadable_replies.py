@@ -23,17 +23,11 @@ from server.cohort import enroll
 from simulations.in_process import InProcessGrid
 from simulations.population import Population, build_population
 
+from .quick_runs import QUICK
+
 LIAR = "harbor"
 OVERRIDES = (
-    "experiment=smoke",
-    "privacy=none",
-    "data.max_records=60",
-    "data.max_length=64",
-    "federation.rounds=2",
-    "federation.local.steps=1",
-    "federation.local.expected_batch_size=2",
-    "evaluation.every=0",
-    "runtime.threads=1",
+    *QUICK,
     f"data.partition.sites=[eastfield,{LIAR}]",
 )
 
