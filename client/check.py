@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import secrets
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-
-from flwr.app import RecordDict
 
 from client.bundles import BUNDLES_FILE, allowed_bundles
 from client.door import CARD
@@ -26,8 +25,9 @@ from conf.schema.site import SiteBudget, SiteFile, SiteNode
 from finetuning.adapters import attach
 from finetuning.models import load_base
 from privacy.ledger.keys import SECRET_FILE, SIGNING_KEY_FILE, load_or_create_keys
+from protocol.cards import CHALLENGE_BYTES
 from protocol.errors import CloisterError, ConfigError
-from protocol.records import record_to_card
+from protocol.records import challenge_to_record, record_to_card
 
 __all__ = ["Outcome", "check_site"]
 
@@ -141,7 +141,8 @@ def _socket(file: SiteFile) -> str:
     check_folder(file)
     if not lock.exists() or _is_free(lock):
         return f"{path}; no process serves this site now"
-    card = record_to_card(relay(path, CARD, RecordDict(), silence_s=_REACH_S))
+    asked = challenge_to_record(secrets.token_bytes(CHALLENGE_BYTES))
+    card = record_to_card(relay(path, CARD, asked, silence_s=_REACH_S))
     return f"{path}; {card.site} answers"
 
 
