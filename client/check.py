@@ -109,7 +109,7 @@ def _keys(file: SiteFile) -> str:
     if mode & 0o077:
         raise ConfigError(f"{folder} has mode {mode:04o}, others can look into it; run: chmod 700 {folder}")
     if not (folder / SIGNING_KEY_FILE).exists() and not (folder / SECRET_FILE).exists():
-        return "none yet; the first round makes them"
+        return "none yet; `cloister site serve` makes them"
     key = load_or_create_keys(folder).signing
     return f"ledger key {key.key_id}; as federation.site_keys has it: {key.verifying.to_hex()}"
 

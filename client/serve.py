@@ -24,7 +24,8 @@ from client.site import Site
 from conf.schema.model import Model
 from conf.schema.site import SiteFile
 from finetuning.models import load_base
-from protocol.errors import ConfigError, SiteRefusal
+from privacy.ledger import load_or_create_keys
+from protocol.errors import ConfigError, PrivacyError, SiteRefusal
 from protocol.frames import ALIVE, encode_frame, receive_frame, refusal_record, send_frame
 
 __all__ = ["serve"]
@@ -121,6 +122,11 @@ def _report_health(file: SiteFile, now: datetime) -> None:
         _log.info("site %s: %d entries in the ledger", file.name, check_books(file, now))
     except SiteRefusal as refusal:
         _log.error("site %s will refuse every round with %s: %s", file.name, refusal.code, refusal)
+    try:
+        key = load_or_create_keys(Path(file.state_directory)).signing.verifying.to_hex()
+        _log.info("site %s: its card is signed by the key %s (federation.site_keys)", file.name, key)
+    except PrivacyError as error:
+        _log.error("site %s will refuse every round, for its keys: %s", file.name, error)
     if file.policy is None:
         _log.error("site %s will refuse every round with no_policy", file.name)
 

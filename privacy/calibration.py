@@ -41,7 +41,7 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     """Return the smallest noise multiplier at which `mechanism` costs at most `target_epsilon`; never below 0.2.
 
     The noise multiplier that `mechanism` comes with is not used; its steps, rate, cut and kind of noise are. The ε
-    reached lies within 0.1 % below the target, unless 0.2 is enough.
+    reached lies within 0.1 % below the target, unless 0.2 is enough or ε leaps over that part.
 
     Raises:
         PrivacyError: when even a noise multiplier of 1000 costs more.
@@ -74,12 +74,18 @@ def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGau
     Many sampled steps are nearly one Gaussian of μ = q √(T (exp(1/σ²) - 1)) (Bu et al. 2020, arXiv 1911.11607): a good
     guess and no bound. Nothing is stated by it.
     """
-    needed = root_scalar(
-        lambda log_mu: get_epsilon_gaussian(math.exp(-log_mu), delta) - target_epsilon,
-        bracket=(math.log(1e-7), math.log(1e3)),
-        xtol=1e-3,
-    )
-    signal = (math.exp(needed.root) / mechanism.sampling_rate) ** 2 / max(mechanism.steps, 1)
+
+    def excess(log_mu: float) -> float:
+        return get_epsilon_gaussian(math.exp(-log_mu), delta) - target_epsilon
+
+    low, high = math.log(1e-7), math.log(1e3)
+    if excess(low) >= 0:
+        needed = low
+    elif excess(high) <= 0:
+        needed = high
+    else:
+        needed = root_scalar(excess, bracket=(low, high), xtol=1e-3).root
+    signal = (math.exp(needed) / mechanism.sampling_rate) ** 2 / max(mechanism.steps, 1)
     return min(max(math.log1p(signal) ** -0.5, _LEAST), _MOST)
 
 

@@ -81,7 +81,8 @@ def foretold_epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, t
         epsilon, fell = finer, falls
         if fell <= tolerance * epsilon:
             break
-    while math.isfinite(fell) and fell > _TOLERANCE * epsilon:
+    # Where even the finest grid falls steeply, what is foretold may end below 0.
+    while math.isfinite(fell) and epsilon > 0 and fell > _TOLERANCE * epsilon:
         fell *= ratio
         epsilon -= fell
     return max(epsilon, 0.0)

@@ -72,9 +72,10 @@ def serve(grid: Grid, launch: Launch) -> Outcome:
         for observer in launch.observers:
             observer(event)
 
+    finished = _finished_before(directory)
     with directory.recording():
         evaluator = build_evaluator(experiment, launch.heldout)
-        outcome = _finished_before(directory) or _federate(grid, launch, evaluator, directory, observe)
+        outcome = finished or _federate(grid, launch, evaluator, directory, observe)
         if launch.personal is not None and not any(isinstance(each, PersonalEvaluated) for each in directory.events):
             found = evaluator.evaluate_each(launch.personal(outcome.adapter))
             if found is not None:
@@ -109,6 +110,7 @@ def _finished_before(directory: RunDirectory) -> Outcome | None:
         return None
     checkpoint = directory.newest_checkpoint()
     if checkpoint is None or digest(checkpoint.adapter) != finished.adapter_digest:
+        directory.close()  # as it was left: a summary that is there stays
         raise ConfigError(
             f"run {directory.path} finished with adapter {finished.adapter_digest[:12]}, and no checkpoint there holds "
             "it; restore the folder's checkpoints, or use the adapter in it as it is"

@@ -95,7 +95,7 @@ def load_newest(folder: Path, *, run: str, config_digest: str, base_digest: str)
                 protection=facts["protection"],
                 sent=Sent(_part(tensors, _SENT), _part(tensors, _LEFT), tuple(facts["confirmed"])),
                 unused={site: tuple(rounds) for site, rounds in facts["unused"].items()},
-                keys=facts["keys"],
+                keys=facts.get("keys", {}),
                 heads=facts.get("heads", {}),
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -254,7 +254,7 @@ class _Roll:
             raise ReplyRejected(
                 "wrong_key",
                 f"it calls itself {card.site!r}, whose key is {wanted}, and its own is {card.key or 'none'}; find out "
-                "whose it is, or correct federation.site_keys if that site has new keys",
+                "whose it is. A site with new keys wants federation.site_keys corrected, or, on a resume, its old ones",
             )
         if card.key and not _is_signed(card, challenge):
             raise ReplyRejected("wrong_key", f"it calls itself {card.site!r}, and its signature is not of its key")

@@ -5,6 +5,7 @@ Cohort, reserve, instruct, collect, combine (and noise), commit, step, evaluate,
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Set
@@ -34,6 +35,8 @@ from strategies.build import build_strategy
 from strategies.lora.factors import cut
 
 __all__ = ["Outcome", "run_federation"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def run_federation(
     names_before, keys_before = (checkpoint.members, checkpoint.keys) if checkpoint else (None, {})
     keys = {**keys_before, **federation.site_keys}
     members = enroll(grid, expected_sites, timeout_s, names=names_before, keys=keys)
+    for name in sorted(federation.site_keys.keys() - {member.site for member in members}):
+        _log.warning("federation.site_keys names %s, and no site of that name takes part; is it spelled right?", name)
     reason = one_rank_because_of(experiment.strategy)
     if reason is not None:
         members = of_full_rank(members, experiment.peft.rank, reason)

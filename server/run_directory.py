@@ -131,7 +131,11 @@ class RunDirectory:
         else:
             self._write_summary("finished", "")
         finally:
-            os.close(self._handle)
+            self.close()
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        os.close(self._handle)
 
     def summary(self, status: str = "finished", error: str = "") -> dict[str, Any]:
         """Return the summary of what was observed so far."""

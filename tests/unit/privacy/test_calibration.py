@@ -79,3 +79,22 @@ def test_a_target_that_only_a_fine_grid_can_meet() -> None:
     noise = calibrate_noise(target, 1e-5, mechanism)
     assert noise <= 1000
     assert epsilon_of([replace(mechanism, noise_multiplier=noise)], 1e-5) <= target
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "mechanism"),
+    [
+        # The finest grid still falls steeply: what a search foretells ends at nothing.
+        (1e-4, 1e-2, SubsampledGaussian(1e-3, 1.0, 10**6)),
+        (0.002, 0.004, SubsampledGaussian(2.4e-4, 1.0, 291_465)),
+        # Beyond what the central limit's own search covers.
+        (1e-9, 1e-10, SubsampledGaussian(1e-9, 1.0, 1)),
+        (1e6, 1e-5, SubsampledGaussian(0.5, 1.0, 3)),
+    ],
+)
+def test_a_search_at_the_edge_ends(target: float, delta: float, mechanism: SubsampledGaussian) -> None:
+    try:
+        noise = calibrate_noise(target, delta, mechanism)
+    except PrivacyError:
+        return  # it says that no noise is enough
+    assert epsilon_of([replace(mechanism, noise_multiplier=noise)], delta) <= target
