@@ -50,12 +50,6 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     def stated(noise: float) -> float:
         return epsilon_of([replace(mechanism, noise_multiplier=noise)], delta)
 
-    if not is_reachable(target_epsilon, delta, mechanism):
-        raise PrivacyError(
-            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
-            f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
-            "or fewer steps"
-        )
     aim = _AIM * target_epsilon
     noise, slope = _central_limit(target_epsilon, delta, mechanism), _USUAL_SLOPE
     if accountant_of([mechanism]) == ACCOUNTANT:
@@ -65,7 +59,14 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
                 return foretold_epsilon((replace(mechanism, noise_multiplier=noise),), delta, tolerance)
 
             noise, slope = _solved(foretold, noise, slope, (1 - near) * aim, aim, (1 + near) * aim)
-    return _solved(stated, noise, slope, _LOWEST * target_epsilon, aim, _HIGHEST * target_epsilon)[0]
+    noise = _solved(stated, noise, slope, _LOWEST * target_epsilon, aim, _HIGHEST * target_epsilon)[0]
+    if noise == _MOST and not is_reachable(target_epsilon, delta, mechanism):
+        raise PrivacyError(
+            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
+            f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
+            "or fewer steps"
+        )
+    return noise
 
 
 def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:

@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from scipy.special import ndtr
 from scipy.stats import binom
 
+from privacy.grid_losses import GridLosses
 from privacy.mechanisms import SubsampledGaussian
 
 __all__ = [
@@ -149,7 +149,7 @@ def _one_step(mechanism: SubsampledGaussian, terms: _Terms) -> PrivacyLossDistri
     others, room = mechanism.truncation.slots - size, mechanism.truncation.cap - size
     cut = float(binom.sf(room, others, mechanism.sampling_rate)) if others >= 0 else 1.0
     if cut <= _NEGLIGIBLE:
-        cut_step = _pair(DensePLDPmf(terms.interval, 0, np.zeros(1), 1.0, pessimistic_estimate=True))
+        cut_step = _pair(GridLosses(terms.interval, 0, np.zeros(1), 1.0))
     elif terms.view == "told":
         cut_step = _told(mechanism.noise_multiplier, weights, terms.interval)
     else:
@@ -162,7 +162,7 @@ def _told(noise: float, weights: np.ndarray, interval: float) -> PrivacyLossDist
 
     Of the group at most as many are selected as are drawn, so j has no more than the `weights` of the binomial.
     """
-    told = _pair(DensePLDPmf(interval, 0, np.ones(1), 0.0, pessimistic_estimate=True))
+    told = _pair(GridLosses(interval, 0, np.ones(1), 0.0))
     told_weight = weights[0]
     for count in np.flatnonzero(weights[1:]) + 1:
         told_weight += weights[count]
@@ -185,10 +185,10 @@ def _amplified(noise: float, shift: int, rate: float, interval: float) -> Privac
     below = (above * np.exp(-grid[grid > 0] * interval))[::-1]
     middle = max(0.0, 1 - above.sum() - below.sum() - infinite)
     symmetric = np.concatenate((below, [middle], above))
-    return _pair(DensePLDPmf(interval, -len(above), symmetric, infinite, pessimistic_estimate=True))
+    return _pair(GridLosses(interval, -len(above), symmetric, infinite))
 
 
-def _pair(losses: DensePLDPmf) -> PrivacyLossDistribution:
+def _pair(losses: GridLosses) -> PrivacyLossDistribution:
     return PrivacyLossDistribution(losses, losses)
 
 
@@ -196,7 +196,7 @@ def _against_zero(noise: float, shifts: np.ndarray, weights: np.ndarray, interva
     """Return the PLD of sum_j weights_j N(shifts_j, noise²) against N(0, noise²), in both directions."""
     grid, mixed, centered = _cells(noise, shifts, weights, interval)
     removed, added = (
-        DensePLDPmf(interval, int(points[0]), *_discretized(upper, lower, points, interval), pessimistic_estimate=True)
+        GridLosses(interval, int(points[0]), *_discretized(upper, lower, points, interval))
         for upper, lower, points in ((mixed, centered, grid), (centered[::-1], mixed[::-1], -grid[::-1]))
     )
     return PrivacyLossDistribution(removed, added)
@@ -256,8 +256,8 @@ def _where_loss_is(losses: np.ndarray, noise: float, shifts: np.ndarray, weights
 
 def _normal_masses(edges: np.ndarray) -> np.ndarray:
     """Return the mass of N(0, 1) between consecutive edges, precise in both tails."""
-    low, high = edges[:-1], edges[1:]
-    return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+    tails = ndtr(-np.abs(edges))
+    return np.diff(np.where(edges > 0, -tails, tails)) + ((edges[:-1] <= 0) & (edges[1:] > 0))
 
 
 def _discretized(upper: np.ndarray, lower: np.ndarray, grid: np.ndarray, interval: float) -> tuple[np.ndarray, float]:
