@@ -94,6 +94,8 @@ def _row_norms(rows: torch.Tensor) -> torch.Tensor:
     Summed in blocks: torch adds a long row's squares up in float32, which loses up to a percent of the norm at ten
     million entries (measured), and a norm that is too small lets more than `clip_norm` through.
     """
+    if rows.shape[1] <= _BLOCK:
+        return vector_norm(rows, dim=1).double()
     count = rows.shape[1] // _BLOCK
     blocks = vector_norm(rows[:, : count * _BLOCK].unflatten(1, (count, _BLOCK)), dim=2)
     rest = vector_norm(rows[:, count * _BLOCK :], dim=1, keepdim=True)

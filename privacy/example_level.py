@@ -38,7 +38,7 @@ class NoisySum(ABC):
         self._trained = trained
         self._stream = stream
         self._noise = plan.noise(sum(parameter.numel() for parameter in trained.values()))
-        self._sums = self._zeros()
+        self._sums: tuple[torch.Tensor, ...] | None = None
         self._loss = None if plan.loss is None else ReleasedLoss(plan, plan.loss)
         self.clipped = 0
         self.non_finite = 0
@@ -71,7 +71,11 @@ class NoisySum(ABC):
         if owners is None:
             owners = torch.arange(len(losses), device=losses.device)
         result = self._clipped(losses, owners)
-        self._sums = tuple(total + part for total, part in zip(self._sums, result.sums, strict=True))
+        if self._sums is None:
+            self._sums = result.sums
+        else:
+            for total, part in zip(self._sums, result.sums, strict=True):
+                total += part
         self.clipped += result.clipped
         self.non_finite += result.non_finite
         if self._loss is not None:
@@ -79,9 +83,10 @@ class NoisySum(ABC):
 
     def finish(self) -> None:
         """Write (clipped sum + noise) / normalizer into `.grad`; an empty draw still takes its noise."""
-        for parameter, noised in zip(self._trained.values(), self._ahead.add(self._sums), strict=True):
+        sums = self._sums or tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
+        self._sums = None
+        for parameter, noised in zip(self._trained.values(), self._ahead.add(sums), strict=True):
             parameter.grad = (noised / self._plan.normalizer).to(parameter.dtype)
-        self._sums = self._zeros()
         if self._loss is not None:
             self._loss.finish(self._stream)
 
@@ -93,9 +98,6 @@ class NoisySum(ABC):
     @abstractmethod
     def _clipped(self, losses: torch.Tensor, owners: torch.Tensor) -> ClippedSum:
         """Return the sum over units of their clipped gradients."""
-
-    def _zeros(self) -> tuple[torch.Tensor, ...]:
-        return tuple(self._noise.zeros(parameter) for parameter in self._trained.values())
 
 
 class _PerUnit(NoisySum):

@@ -115,9 +115,10 @@ class GaussianNoise:
         return self.add_drawn(sums, self.draw(sums, stream))
 
     def _noised(self, value: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        noised = normal.to(value.device).mul_(self.standard_deviation).add_(value)
         # A power of two: dividing and multiplying by it are exact.
-        return noised.div_(self.spacing).round_().mul_(self.spacing).to(torch.float32)
+        spacing = self.spacing
+        steps = normal.to(value.device).mul_(self.standard_deviation / spacing).add_(value, alpha=1 / spacing).round_()
+        return steps.mul_(spacing).to(torch.float32)
 
 
 class NoiseAhead:
