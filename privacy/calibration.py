@@ -26,6 +26,8 @@ _USUAL_SLOPE = -1.5
 """Of ln ε in ln σ, at usual rates; far steeper where steps are few and rarely drawn."""
 _STRIDE = 0.35
 """At most, in ln σ: far from the answer a slope says little."""
+_SECANTS = 16
+"""After which a search halves its bracket instead: on a plateau of ε secants are minute."""
 _STAGES = ((0.05, 0.02), (0.01, 2e-4))
 """How closely ε is foretold, and how near to the aim: first for a rough search, then for one that hardly ever has to be
 mended by the ε that is stated, which takes much longer."""
@@ -50,6 +52,12 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
     def stated(noise: float) -> float:
         return epsilon_of([replace(mechanism, noise_multiplier=noise)], delta)
 
+    if not is_reachable(target_epsilon, delta, mechanism):
+        raise PrivacyError(
+            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
+            f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
+            "or fewer steps"
+        )
     aim = _AIM * target_epsilon
     noise, slope = _central_limit(target_epsilon, delta, mechanism), _USUAL_SLOPE
     if accountant_of([mechanism]) == ACCOUNTANT:
@@ -59,14 +67,7 @@ def calibrate_noise(target_epsilon: float, delta: float, mechanism: SubsampledGa
                 return foretold_epsilon((replace(mechanism, noise_multiplier=noise),), delta, tolerance)
 
             noise, slope = _solved(foretold, noise, slope, (1 - near) * aim, aim, (1 + near) * aim)
-    noise = _solved(stated, noise, slope, _LOWEST * target_epsilon, aim, _HIGHEST * target_epsilon)[0]
-    if noise == _MOST and not is_reachable(target_epsilon, delta, mechanism):
-        raise PrivacyError(
-            f"target_epsilon={target_epsilon} at delta={delta} is too small for {mechanism.steps} steps at sampling "
-            f"rate {mechanism.sampling_rate:.4g}: even a noise multiplier of {_MOST:g} costs more; ask for a larger ε "
-            "or fewer steps"
-        )
-    return noise
+    return _solved(stated, noise, slope, _LOWEST * target_epsilon, aim, _HIGHEST * target_epsilon)[0]
 
 
 def _central_limit(target_epsilon: float, delta: float, mechanism: SubsampledGaussian) -> float:
@@ -100,7 +101,9 @@ def _solved(
     """
     too_little, enough = 0.0, math.inf
     before: tuple[float, float] | None = None
+    evaluations = 0
     while True:
+        evaluations += 1
         height = max(cost(noise), 1e-12)  # far too much noise costs 0 exactly
         if before is not None:
             measured = math.log(height / before[1]) / math.log(noise / before[0])
@@ -114,6 +117,9 @@ def _solved(
         if enough <= too_little * (1 + 1e-9):  # ε leaps over the accepted part: stay on the safe side of the leap
             return enough, slope
         before = noise, height
+        if evaluations > _SECANTS:
+            noise = _MOST if enough == math.inf else _LEAST if too_little == 0 else math.sqrt(too_little * enough)
+            continue
         stride = math.exp(max(-_STRIDE, min((math.log(aim) - math.log(height)) / slope, _STRIDE)))
         step = min(max(noise * stride, _LEAST), _MOST)
         noise = step if too_little < step < enough else math.sqrt(too_little * enough)

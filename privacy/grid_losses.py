@@ -17,8 +17,8 @@ from scipy.fft import next_fast_len
 
 __all__ = ["GridLosses"]
 
-_ORDERS = 2.0 ** np.arange(-10, 8)
-"""Of the tail bound, as multiples of the best order for a Gaussian: heavier tails want smaller ones, lighter larger."""
+_ROUNDING = 1e-15
+"""How far a transform may err at any cell, per composed loss, as a part of its largest value."""
 
 
 class GridLosses(DensePLDPmf):
@@ -42,28 +42,54 @@ class GridLosses(DensePLDPmf):
     def self_compose(self, num_times: int, tail_mass_truncation: float = 1e-15) -> Self:
         """Return the sum of `num_times` independent such losses.
 
-        What lies beyond the cells is booked as infinite; it also wraps around and is counted in them, which overstates
-        ε. Both are at most `tail_mass_truncation`, which must be above 0.
+        What lies beyond the cells, at most `tail_mass_truncation`, is booked as infinite; it also wraps around and is
+        counted in them, which overstates ε.
 
         A transform errs by about `num_times` x 1e-16 of its largest value at every cell, so the library's ε at
         δ = 1e-10 after 100,000 steps of a rare sample is half a percent too small or too large. Here the tail is taken
-        from a second transform, of the losses weighted by exp(tilt x loss), which is large where they are rare; each
-        cell takes the one that errs less.
+        from transforms of the losses weighted by exp(tilt x loss), which are large where the losses are rare; each cell
+        takes the one whose rounding is least there. One that would wrap around is left out, and none may exceed the
+        first by more than that one's rounding.
+
+        Raises:
+            ValueError: `num_times` is below 1.
         """
+        if num_times < 1:
+            raise ValueError(f"num_times={num_times}: compose one loss at least")
+        infinite = tail_mass_truncation - math.expm1(num_times * math.log1p(-min(self._infinity_mass, 1 - 1e-16)))
+        if infinite >= 1:
+            return type(self)(self._discretization, 0, np.zeros(1), 1.0)
+        last = int(np.flatnonzero(self._probs > 0)[-1])
+        if last < self.size - 1:
+            shorter = type(self)(self._discretization, self._lower_loss, self._probs[: last + 1], self._infinity_mass)
+            return shorter.self_compose(num_times, tail_mass_truncation)
         low, high, steepest = self._range(num_times, tail_mass_truncation)
-        places = np.arange(low, high + 1)
-        sums, errs = np.zeros(len(places)), np.full(len(places), np.inf)
-        for tilt in (0.0, steepest / 2):
-            weighted = self._probs * np.exp(tilt * np.arange(1 - self.size, 1))
-            moment = weighted.sum()
-            tilted = _convolved(weighted / moment, num_times, low, high)
-            log_scale = num_times * (math.log(moment) + tilt * (self.size - 1)) - tilt * places
-            log_error = log_scale + math.log(tilted.max())
-            better = log_error < errs
-            sums[better] = tilted[better] * np.exp(log_scale[better])
-            errs[better] = log_error[better]
-        infinite = tail_mass_truncation - math.expm1(num_times * math.log1p(-self._infinity_mass))
+        sums = _convolved(self._probs, num_times, low, high)
+        log_rounding = np.full(len(sums), math.log(sums.max()))
+        most = np.maximum(sums, 0.0) + num_times * _ROUNDING * sums.max()
+        for tilt in (steepest / 2, steepest):
+            tilted, log_tilted_rounding = self._tilted(tilt, num_times, low, high)
+            better = log_tilted_rounding < log_rounding
+            sums[better] = np.minimum(tilted, most)[better]
+            log_rounding[better] = log_tilted_rounding[better]
         return type(self)(self._discretization, num_times * self._lower_loss + low, sums, infinite)
+
+    def _tilted(self, tilt: float, times: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a sum's probabilities by a transform of weighted losses, and the log of its rounding, up to a factor.
+
+        The rounding is infinite where the weighted losses would wrap around.
+        """
+        cells, places = np.arange(self.size), np.arange(low, high + 1)
+        weighted = self._probs * np.exp(tilt * (cells - cells[-1]))
+        moment = weighted.sum()
+        law = weighted / moment
+        mean = law @ cells
+        if times * mean + 3 * math.sqrt(times * (law @ (cells - mean) ** 2)) > high:
+            return np.zeros(len(places)), np.full(len(places), np.inf)
+        composed = _convolved(law, times, low, high)
+        log_scale = times * (math.log(moment) + tilt * cells[-1]) - tilt * places
+        with np.errstate(over="ignore", invalid="ignore"):  # where it is not used
+            return composed * np.exp(log_scale), log_scale + math.log(composed.max())
 
     def get_epsilon_for_delta(self, delta: float) -> float:
         """Return the smallest ε >= 0 whose hockey-stick divergence is at most `delta`: infinity where none is.
@@ -87,31 +113,34 @@ class GridLosses(DensePLDPmf):
         return float(epsilons[found[0]]) if found.size else 0.0
 
     def _range(self, times: int, beyond: float) -> tuple[int, int, float]:
-        """Return the cells, from `times` x the first, beyond which a sum of `times` has a probability of `beyond`.
+        """Return the cells, from `times` x the first, beyond which a sum of `times` has at most `beyond`.
 
         And the order, per cell, that bounds the upper tail best. Chernoff: P(sum - mean >= b) <= exp(times K(t) - t b)
-        at every order t > 0, K the log of the moment generating function about the mean. Each order is twice the one
-        before, so its exponentials are their squares.
+        at every order t > 0, K the log of the moment generating function about the mean; as t grows the b that suffices
+        falls to its least, then rises. Each order is twice the one before, so its exponentials are their squares.
         """
-        cells = np.arange(self.size)
-        mean = float(self._probs @ cells / self._probs.sum())
-        variance = float(self._probs @ (cells - mean) ** 2)
-        surprise = math.log(2 / beyond)
-        gaussian = math.sqrt(2 * surprise / (times * max(variance, 1e-12)))
+        cells = np.flatnonzero(self._probs > 0)
+        masses = self._probs[cells]
+        mean = float(masses @ cells / masses.sum())
+        variance = float(masses @ (cells - mean) ** 2)
+        surprise = math.log(2) - math.log(max(beyond, 1e-300))
+        # Best for a Gaussian; heavy tails want far lower orders, and none so low that an exponential is large is best.
+        lowest = min(math.sqrt(2 * surprise / (times * max(variance, 1e-300))) / 8, 1 / self.size)
 
         def reach(distances: np.ndarray) -> tuple[float, float]:
-            bound, powers = math.inf, np.exp(gaussian * _ORDERS[0] * distances)
-            for order in gaussian * _ORDERS:
-                before, bound = bound, (times * math.log(self._probs @ powers) + surprise) / order
-                if bound > before:  # it falls to its least, then rises
-                    return before, order / 2
+            order, powers = lowest, np.exp(lowest * distances)
+            bound = (times * math.log(masses @ powers) + surprise) / order
+            while True:
                 powers *= powers
-            return bound, gaussian * _ORDERS[-1]
+                further = (times * math.log(masses @ powers) + surprise) / (2 * order)
+                if not further < bound or bound <= 0:
+                    return bound, order
+                bound, order = further, 2 * order
 
         with np.errstate(over="ignore"):
             (below, _), (above, steepest) = reach(mean - cells), reach(cells - mean)
         first, last = math.floor(times * mean - below), math.ceil(times * mean + above)
-        return max(0, first), min(times * (self.size - 1), last), steepest
+        return max(0, first), min(times * (self.size - 1), max(first, last)), steepest
 
 
 def _convolved(probabilities: np.ndarray, times: int, low: int, high: int) -> np.ndarray:

@@ -90,6 +90,16 @@ def test_a_target_that_only_a_fine_grid_can_meet() -> None:
         # Beyond what the central limit's own search covers.
         (1e-9, 1e-10, SubsampledGaussian(1e-9, 1.0, 1)),
         (1e6, 1e-5, SubsampledGaussian(0.5, 1.0, 3)),
+        # Integer orders have a floor, and close to it ε hardly falls with the noise: below it, and just above.
+        (
+            0.010668249738405494,
+            6.577746374778415e-09,
+            SubsampledGaussian(0.0049162301955158185, 1.0, 20, discrete=True),
+        ),
+        (0.01069, 6.577746374778415e-09, SubsampledGaussian(0.0049162301955158185, 1.0, 20, discrete=True)),
+        # Losses that are rare and huge.
+        (0.00326, 3.1e-10, SubsampledGaussian(1.96e-6, 1.0, 5)),
+        (0.00637, 1.95e-6, SubsampledGaussian(1.21e-5, 1.0, 80)),
     ],
 )
 def test_a_search_at_the_edge_ends(target: float, delta: float, mechanism: SubsampledGaussian) -> None:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
 from privacy.grid_losses import GridLosses
+from privacy.loss_distributions import pld_epsilon
+from privacy.mechanisms import SubsampledGaussian
 
 
 def step(rate: float, noise: float, interval: float) -> GridLosses:
@@ -37,6 +39,52 @@ def test_many_steps_cost_what_the_library_says(rate: float, noise: float, steps:
     for delta in (1e-3, 1e-5, 1e-6):
         expected = DensePLDPmf.get_epsilon_for_delta(theirs, delta)
         assert ours.get_epsilon_for_delta(delta) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@settings(max_examples=150)
+@given(
+    log_rate=st.floats(-7, -0.01),
+    noise=st.floats(0.2, 3.0),
+    steps=st.integers(2, 300),
+    delta=st.sampled_from([1e-4, 1e-6, 1e-8]),
+)
+def test_few_steps_of_any_rate_cost_what_the_library_says(
+    log_rate: float, noise: float, steps: int, delta: float
+) -> None:
+    """Rare losses that are huge: the orders that bound their tail span many powers of ten."""
+    once = step(10**log_rate, noise, 8e-3)
+    ours, theirs = once.self_compose(steps), DensePLDPmf.self_compose(once, steps)
+    assert ours._probs.sum() + ours._infinity_mass == pytest.approx(1, abs=1e-9)
+    assert ours.size <= 1.5 * theirs.size
+    expected = DensePLDPmf.get_epsilon_for_delta(theirs, delta)
+    assert ours.get_epsilon_for_delta(delta) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "delta", "epsilon"),
+    [
+        (1e-5, 0.4638, 2, 1e-6, 0.0016973),
+        (1e-5, 0.4638, 8, 1e-6, 0.0064969),
+        (1e-6, 0.4022, 100, 1e-7, 0.0247701),
+    ],
+)
+def test_the_first_steps_of_a_long_run_can_be_priced(
+    rate: float, noise: float, steps: int, delta: float, epsilon: float
+) -> None:
+    """Golden: dp-accounting 0.6's own composition on the same grids."""
+    assert pld_epsilon((SubsampledGaussian(rate, noise, steps),), delta) == pytest.approx(epsilon, rel=1e-4)
+
+
+def test_what_cannot_be_composed() -> None:
+    once = GridLosses(0.1, 0, np.array([0.5, 0.5]), 0.0)
+    with pytest.raises(ValueError, match="num_times=0: compose one loss at least"):
+        once.self_compose(0)
+    for mass, times in ((0.9, 400), (1.0, 3), (0.999999, 5)):
+        rare = GridLosses(0.1, 0, np.array([1 - mass]), mass)
+        assert rare.self_compose(times).get_epsilon_for_delta(0.5) == math.inf
+    padded = GridLosses(0.1, 0, np.array([0.5, 0.5] + [0.0] * 3000), 0.0)
+    expected = DensePLDPmf.get_epsilon_for_delta(DensePLDPmf.self_compose(padded, 10), 1e-3)
+    assert padded.self_compose(10).get_epsilon_for_delta(1e-3) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("chance", "times"), [(0.5, 1000), (1e-3, 10_000), (1e-4, 100_000), (1e-5, 1_000_000)])

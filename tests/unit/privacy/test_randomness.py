@@ -1,6 +1,10 @@
 """The random numbers of sampling and noise."""
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +201,27 @@ def test_the_largest_value_and_the_smallest_come_from_the_extreme_words() -> Non
     assert values[0] == pytest.approx((2 * 76 * np.log(2)) ** 0.5, rel=1e-15)
     assert abs(values[1]) < 2e-8
     assert np.isfinite(values).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_noise_is_drawn_by_one_thread() -> None:
+    """A team of threads would take the training's cores, and spin."""
+    code = (
+        "import os, threading\n"
+        "from privacy.randomness import SecureStream\n"
+        "stream, counts = SecureStream.from_operating_system(), []\n"
+        "def draw():\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    stream.gaussian(200_000)\n"
+        "    counts.append(len(os.listdir('/proc/self/task')) - before)\n"
+        "thread = threading.Thread(target=draw)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "print(*counts)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0"]
 
 
 def test_the_operating_system_never_repeats_and_ignores_seeds() -> None:
