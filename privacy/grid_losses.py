@@ -20,6 +20,9 @@ __all__ = ["GridLosses"]
 _ROUNDING = 1e-15
 """How far a transform may err at any cell, per composed loss, as a part of its largest value."""
 
+_STEEPEST = 700.0
+"""An order per cell at which the highest cell alone counts."""
+
 
 class GridLosses(DensePLDPmf):
     """How probable the losses `first` x `interval`, (`first` + 1) x `interval`, ... are, and an infinite one."""
@@ -124,7 +127,7 @@ class GridLosses(DensePLDPmf):
         mean = float(masses @ cells / masses.sum())
         variance = float(masses @ (cells - mean) ** 2)
         surprise = math.log(2) - math.log(max(beyond, 1e-300))
-        # Best for a Gaussian; heavy tails want far lower orders, and none so low that an exponential is large is best.
+        # Below a Gaussian's best, and so low that no exponential is large: from there the bound falls for any law.
         lowest = min(math.sqrt(2 * surprise / (times * max(variance, 1e-300))) / 8, 1 / self.size)
 
         def reach(distances: np.ndarray) -> tuple[float, float]:
@@ -133,7 +136,7 @@ class GridLosses(DensePLDPmf):
             while True:
                 powers *= powers
                 further = (times * math.log(masses @ powers) + surprise) / (2 * order)
-                if not further < bound or bound <= 0:
+                if not further < bound or order > _STEEPEST:
                     return bound, order
                 bound, order = further, 2 * order
 
