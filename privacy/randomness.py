@@ -11,7 +11,6 @@ import re
 import secrets
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -123,6 +122,8 @@ def _box_muller(words: np.ndarray, values: np.ndarray) -> None:
     radius comes from. 53 bits would leave the tail coarse: radii beyond 7.2 would be farther apart than the lattice
     that noise is rounded to (docs/decisions/0005-noise.md), now those beyond 9 are. The other 53 bits are the angle.
     """
+    import torch  # here, so that `cloister plan`, which draws nothing, need not wait for it
+
     half = len(words) // 2
     tall, rest = words[:half], words[half:]
     low = (rest & np.uint64((1 << _LOW_BITS) - 1)).astype(np.float64)

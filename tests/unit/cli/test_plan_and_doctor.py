@@ -1,6 +1,8 @@
 """`cloister plan` and `cloister doctor` as a person or a script meets them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,14 @@ CHEAP = ("privacy.target_epsilon=null", "privacy.noise_multiplier=1", "federatio
 
 def plan(*arguments: str):
     return CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "120"})
+
+
+def test_a_forecast_does_not_wait_for_torch() -> None:
+    """It takes longer to import than all that `cloister plan` computes."""
+    code = "import sys, cli.plan, privacy.forecast; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
