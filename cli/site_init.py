@@ -106,6 +106,7 @@ policy:                       # without this section nothing is allowed
   release_noisy_loss: true    # with noise, and charged to the budget
   release_training_loss: false
   bases: {bases}
+  dtypes: [fp32, bf16]        # precision of the base; fp16 overflows
   strategies: [{strategies}]
   objectives: null            # local objectives; null any
   server_optimizers: null     # the server's business, after the noise; null any

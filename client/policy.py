@@ -88,6 +88,8 @@ def _check_work(site: SiteFile, plan: ClientPlan, policy: SitePolicy) -> None:
     ):
         if asked > limit:
             raise SiteRefusal(code, f"the plan asks for {asked}, above this site's {name}={limit}")
+    if plan.model.dtype not in policy.dtypes:
+        raise SiteRefusal("dtype_not_allowed", f"model.dtype={plan.model.dtype} is not among this site's policy.dtypes")
     if policy.strategies is not None and plan.strategy.kind not in policy.strategies:
         raise SiteRefusal("strategy_not_allowed", f"strategy {plan.strategy.kind} is not among policy.strategies")
     for code, what, asked, allowed, name in (

@@ -10,7 +10,7 @@ from client.claims import check_claimed_cost
 from client.ledgers import check_ledgers, heads_of
 from client.policy import check_cost, check_policy
 from client.state import SiteState
-from client.training import Trained, TrainingJob, check_gradients, train
+from client.training import Trained, TrainingJob, check_gradients, longest_record, train
 from client.units import Units
 from client.whole_site import WholeSite
 from client.wire import outgoing, received
@@ -103,7 +103,8 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         memory=memory,
         own_training=training,
     )
-    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
+    longest = longest_record(adapted, work.file)
+    check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime, longest)
 
     site_ledger = None if header.clip_norm is None else state.site_ledger()
     ledger = state.ledger(records.units) if privacy.is_private else None
@@ -184,7 +185,8 @@ def rehearse(plan: ClientPlan, work: RoundWork) -> PrivacyPlan:
     records = work.records(adapted, asked, b"rehearsal")
     privacy = _privacy_plan(plan, work.file, len(records.units))
     for trained_names in {strategy.trained(adapted.names, number) for number in (1, 2)}:  # some strategies alternate
-        check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime)
+        longest = longest_record(adapted, work.file)
+        check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime, longest)
     budget = work.file.budget
     if privacy.is_private and budget is not None:
         one_step = epsilon_of([privacy.mechanism(1)], budget.delta)

@@ -10,6 +10,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from client.dry_run import way_of_gradients
+from client.row_check import RowCheck
 from client.units import Units
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
@@ -20,14 +21,16 @@ from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.memory import examples_that_fit
 from finetuning.tasks.build import build_objective
+from privacy.example_level import NativeGradients, OpacusGradients
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream, inputs_digest, round_stream
+from protocol.errors import ModelError
 from protocol.instructions import InstructionHeader
 from protocol.tensors import NamedTensors, digest
 from strategies.base import LocalRound
 
-__all__ = ["Trained", "TrainingJob", "check_gradients", "round_rule", "train"]
+__all__ = ["Trained", "TrainingJob", "check_gradients", "longest_record", "round_rule", "train"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
     """Return the update of one round, trained minus received; the network is left holding the trained adapter."""
     plan, asked = job.header.plan, job.asked
     runtime = job.file.runtime
-    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, plan.task, runtime, stream)
+    longest = longest_record(job.adapted, job.file)
+    rule = round_rule(job.privacy, asked, job.adapted, job.trained_names, plan.task, runtime, stream, longest)
     try:
         job.adapted.load(job.local.start)
         diagnostics = train_locally(
@@ -134,6 +138,9 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             micro_batch_tokens=runtime.micro_batch_tokens,
             max_units=_most_units(job),
             static_shapes=runtime.static_shapes,
+            longest=longest,
+            most_records=asked.max_records_per_user if isinstance(asked, UserLevel) else 1,
+            alike=_row_check(job, rule),
             gradient_checkpointing=runtime.gradient_checkpointing,
             learning_rate_factor=job.training.learning_rate_factor(job.header.round, plan.rounds),
             correct=job.local.correct,
@@ -151,6 +158,7 @@ def check_gradients(
     trained_names: frozenset[str],
     task: Task,
     runtime: SiteRuntime,
+    longest: int | None,
 ) -> None:
     """Refuse what cannot be trained under a plan, before anything is spent.
 
@@ -159,7 +167,7 @@ def check_gradients(
         ModelError: the network fails on made-up examples.
     """
     stream = SecureStream.from_operating_system()
-    round_rule(privacy, asked, adapted, trained_names, task, runtime, stream).close()
+    round_rule(privacy, asked, adapted, trained_names, task, runtime, stream, longest).close()
 
 
 def round_rule(
@@ -170,19 +178,50 @@ def round_rule(
     task: Task,
     runtime: SiteRuntime,
     stream: SecureStream,
+    longest: int | None,
 ) -> GradientRule:
     """Return the gradient rule of a round: the plan's, whose per-example gradients a dry run found to be exact.
 
     Raises:
         PrivacyError: as `client.dry_run.way_of_gradients` and `privacy.gradients.gradient_rule` do.
-        ModelError: the network fails on made-up examples.
+        ModelError: the network fails on made-up examples, or static shapes have no bound.
     """
+    if runtime.static_shapes and longest is None:
+        raise ModelError(
+            "runtime.static_shapes=true pads every record to the longest that one can be, and this model states no "
+            "context: set data.max_length"
+        )
     trained = adapted.train_only(trained_names)
     if isinstance(asked, NoPrivacy):
         return gradient_rule(privacy, "native", adapted.network, trained, stream, without_rule="one_by_one")
-    classes = len(task.labels) if isinstance(task, Classification) else None
-    way = way_of_gradients(privacy, asked, adapted, trained, build_objective(task), runtime, classes)
+    objective, classes = build_objective(task), _classes(task)
+    way = way_of_gradients(privacy, asked, adapted, trained, objective, runtime, classes, longest)
     return gradient_rule(privacy, way, adapted.network, trained, stream, without_rule=asked.without_rule)
+
+
+def longest_record(adapted: AdaptedModel, file: SiteFile) -> int | None:
+    """Return the public bound on a record's tokens, or None where neither the site's file nor the model sets one."""
+    bounds = [bound for bound in (file.data.max_length, adapted.base.context) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _row_check(job: TrainingJob, rule: GradientRule) -> RowCheck | None:
+    """Return what tells which batches are computed row by row alike; None where each unit is alone anyway."""
+    if not isinstance(rule, NativeGradients | OpacusGradients):
+        return None
+    runtime, task = job.file.runtime, job.header.plan.task
+    return RowCheck(
+        adapted=job.adapted,
+        objective=build_objective(task),
+        per_unit=rule.per_unit,
+        classes=_classes(task),
+        static=runtime.static_shapes,
+        key=(type(rule), job.trained_names, runtime.gradient_checkpointing, runtime.static_shapes, task),
+    )
+
+
+def _classes(task: Task) -> int | None:
+    return len(task.labels) if isinstance(task, Classification) else None
 
 
 def _most_units(job: TrainingJob) -> int | None:

@@ -184,7 +184,12 @@ def tokenize_rows(
 
 
 def collate(
-    examples: Sequence[Example], pad_token_id: int, *, rows: int | None = None, length: int | None = None
+    examples: Sequence[Example],
+    pad_token_id: int,
+    *,
+    rows: int | None = None,
+    length: int | None = None,
+    full: bool = False,
 ) -> Batch:
     """Return the examples padded on the right, one row each; none at all gives a batch of shape [0, 0].
 
@@ -196,12 +201,13 @@ def collate(
         rows: pads to so many rows. A padding row has nothing to learn, and one visible token, so that no attention is
             over nothing; its loss belongs to no example.
         length: pads to so many tokens; None: to the longest example.
+        full: padding rows are visible from end to end, as all examples are then: no row has any padding.
     """
     longest = length or max((len(example) for example in examples), default=0)
     shape = (rows or len(examples), longest)
     ids = np.full(shape, pad_token_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
-    mask[len(examples) :, :1] = 1
+    mask[len(examples) :, : longest if full else 1] = 1
     targets = np.full(shape, IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
         used = len(example)

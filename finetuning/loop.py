@@ -14,6 +14,7 @@ from conf.schema.federation import AdamW, LocalTraining, Optimizer
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.models import checkpointing
+from finetuning.padding import BatchShape
 from finetuning.tasks.base import TaskObjective
 from finetuning.units import MicroBatches
 
@@ -62,6 +63,9 @@ def train_locally(
     unit_weighting: Literal["mean", "sum"] = "mean",
     max_units: int | None = None,
     static_shapes: bool = False,
+    longest: int | None = None,
+    most_records: int = 1,
+    alike: Callable[[BatchShape], bool] | None = None,
     gradient_checkpointing: bool = False,
     learning_rate_factor: float = 1.0,
     correct: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
@@ -82,6 +86,9 @@ def train_locally(
         unit_weighting: whether a unit's loss is the mean or the sum over its records.
         max_units: bound on the units of a micro-batch, or None; changes memory and speed, not the result.
         static_shapes: pad every micro-batch to one shape with rows that add nothing; the result is the same.
+        longest: public bound on a record's tokens, and
+        most_records: on a unit's records; static shapes follow from them.
+        alike: whether the rows of a batch of this shape are computed as each one alone is; None: it does not matter.
         gradient_checkpointing: recompute activations instead of keeping them; the result is the same.
         learning_rate_factor: multiplies the optimizer's learning rate.
         correct: adds the terms of a local objective to every step's finished (noised) gradient.
@@ -98,6 +105,9 @@ def train_locally(
         max_units=min((most for most in (gradients.max_micro_batch, max_units) if most is not None), default=None),
         mean=unit_weighting == "mean",
         static_shapes=static_shapes,
+        longest=longest,
+        most_records=most_records,
+        **({} if alike is None else {"alike": alike}),
     )
     loss_sum, seen = 0.0, 0
     adapted.network.train()

@@ -19,7 +19,7 @@ from torch import nn
 
 from privacy.clipping import ClippedSum, clipped_sum, sum_by_unit
 from privacy.noise import NoiseAhead
-from privacy.per_example import ONE_BY_ONE, PatchedForwards, Recorder
+from privacy.per_example import ONE_BY_ONE, IndependentRows, PatchedForwards, Recorder
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 from privacy.released_loss import ReleasedLoss
@@ -127,10 +127,12 @@ class NativeGradients(_PerUnit):
         super().__init__(plan, trained, stream)
         self._recorder = Recorder(trained)
         self._patched = PatchedForwards(network, trained, self._recorder)
+        self._rows = IndependentRows(network)
 
     def close(self) -> None:
         """Put the layers' own forwards back."""
         super().close()
+        self._rows.close()
         self._patched.close()
 
     def per_unit(self, losses: torch.Tensor, owners: torch.Tensor) -> list[torch.Tensor]:
@@ -172,11 +174,13 @@ class OpacusGradients(_PerUnit):
         super().__init__(plan, trained, stream)
         # The losses are summed, so each hook sees the gradient of the example's own loss.
         self._hooks = GradSampleHooks(network, batch_first=True, loss_reduction="sum", strict=True)
+        self._rows = IndependentRows(network)
         self._network = network
 
     def close(self) -> None:
         """Remove the hooks."""
         super().close()
+        self._rows.close()
         self._hooks.cleanup()
         for module in self._network.modules():
             # What a forward pass whose backward failed has left: the whole batch's activations.

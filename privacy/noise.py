@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from privacy.clipping import weighted_sum
 from privacy.randomness import SecureStream
 from protocol.errors import PrivacyError
 
@@ -88,12 +89,12 @@ class GaussianNoise:
         return math.ldexp(1.0, math.frexp(self.standard_deviation)[1] - 1 - _LATTICE_BITS)
 
     def zeros(self, like: torch.Tensor) -> torch.Tensor:
-        """Return an empty float32 sum with the shape and device of `like`."""
-        return torch.zeros_like(like, dtype=torch.float32)
+        """Return an empty float64 sum with the shape and device of `like`."""
+        return torch.zeros_like(like, dtype=torch.float64)
 
     def fold(self, rows: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """Return Σᵢ factorᵢ · rowᵢ, shape (n,), summed in float32."""
-        return torch.mv(rows.to(torch.float32).T, factors.to(torch.float32))
+        """Return Σᵢ factorᵢ · rowᵢ, shape (n,), in float64."""
+        return weighted_sum(rows, factors)
 
     def draw(self, like: Sequence[torch.Tensor], stream: SecureStream) -> tuple[torch.Tensor, ...]:
         """Return float64 standard normal tensors with the shapes of `like`; none where there is no noise."""

@@ -69,6 +69,10 @@ REFUSALS: Mapping[str, Refusal] = {
         "the plan's task is not this site's own",
         "make `task` of the site file and of the experiment equal, labels and their order included",
     ),
+    "dtype_not_allowed": Refusal(
+        "this site's policy does not allow the precision that the plan computes in",
+        "server: `model.dtype=fp32`; site: `policy.dtypes`",
+    ),
     "strategy_not_allowed": Refusal(
         "this site's policy does not allow the plan's strategy",
         "server: another `strategy`; site: `policy.strategies`",

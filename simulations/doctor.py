@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from client.dry_run import without_dropout
+from client.made_up import dropout_rates
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, NoPrivacy, UserLevel
 from finetuning.datasets import Row
@@ -48,7 +48,7 @@ def observe_site(experiment: Experiment, parts: Mapping[str, Sequence[Row]], scr
     adapted, log = patient.adapted, StepLog()
     hook = register_optimizer_step_pre_hook(log.step)
     try:
-        with without_dropout(adapted.network):
+        with dropout_rates(adapted.network, 0.0):
             adapted.load(patient.start)
             before = frozen_digest(adapted.network, patient.trained)
             plan, trained = _rounds(patient, "trained", patient.rows, log)

@@ -88,6 +88,7 @@ def site_file(experiment: Experiment, name: str, records: int, state: Path, user
         data=experiment.data.model_copy(update={"max_records": None}),  # drawn before the sites were made
         budget=None if isinstance(privacy, NoPrivacy) else _budget(experiment, privacy, published, published_users),
         policy=SitePolicy(
+            dtypes=(experiment.model.dtype,),
             require_approval=False,
             max_rounds=100_000,
             max_steps_per_round=10_000,

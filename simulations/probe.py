@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from client.rounds import SiteRecords
 from client.site import Site
-from client.training import TrainingJob, round_rule, train
+from client.training import TrainingJob, longest_record, round_rule, train
 from conf.schema.privacy import UserLevel
 from finetuning.batches import collate
 from finetuning.datasets import Row
@@ -65,8 +65,9 @@ def draws_of(patient: Patient, plan: PrivacyPlan) -> tuple[np.ndarray, ...]:
     slots = plan.sampling.slots
     count = int(min(max(_SLOTS_DRAWN / slots, 200), _DRAWS))
     stream = SecureStream.from_operating_system()
-    names, task, runtime = frozenset(patient.trained), patient.experiment.task, patient.site("probe").runtime
-    rule = round_rule(plan, patient.local, patient.adapted, names, task, runtime, stream)
+    names, task, site = frozenset(patient.trained), patient.experiment.task, patient.site("probe")
+    longest = longest_record(patient.adapted, site)
+    rule = round_rule(plan, patient.local, patient.adapted, names, task, site.runtime, stream, longest)
     try:
         return tuple(np.asarray(rule.draw(slots), dtype=np.int64) for _ in range(count))
     finally:

@@ -7,7 +7,10 @@ from pydantic import Field
 
 from conf.schema.base import Frozen
 
-__all__ = ["LoRA", "Model"]
+__all__ = ["Dtype", "LoRA", "Model"]
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+"""How a base holds its weights and computes."""
 
 
 class Model(Frozen):
@@ -15,7 +18,7 @@ class Model(Frozen):
 
     path: str = Field(min_length=1, description="folder, hub id, or embedded:NAME")
     revision: str | None = Field(default=None, description="commit or tag of a hub id")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the base; the adapter stays fp32")
+    dtype: Dtype = Field(default="fp32", description="of the base; the adapter stays fp32")
     weight_format: Literal["full"] = Field(default="full", description="how base weights are held in memory")
 
 

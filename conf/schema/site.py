@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
+from conf.schema.model import Dtype
 from conf.schema.task import CausalLM, Task
 
 __all__ = [
@@ -124,6 +125,11 @@ class SitePolicy(Frozen):
     )
     bases: tuple[Digest, ...] | None = Field(
         default=None, description="SHA-256 digests of allowed bases; null: the one at model_path, and no other"
+    )
+    dtypes: tuple[Dtype, ...] = Field(
+        default=("fp32", "bf16"),
+        description="how the base may be held and compute. A record's influence is bounded in each alike; fp16 "
+        "overflows above 65,504, and a record whose gradient does adds nothing",
     )
     strategies: tuple[str, ...] | None = Field(default=None, description="such as fedit; null: any")
     objectives: tuple[str, ...] | None = Field(

@@ -16,7 +16,14 @@ layers.py      which layer has which rule, and the exchange of forwards
 =============  ==========================================================================================
 """
 
-from privacy.per_example.layers import PatchedForwards, couples_examples, layers_without_native_rule
+from privacy.per_example.layers import IndependentRows, PatchedForwards, couples_examples, layers_without_native_rule
 from privacy.per_example.recorder import ONE_BY_ONE, Recorder
 
-__all__ = ["ONE_BY_ONE", "PatchedForwards", "Recorder", "couples_examples", "layers_without_native_rule"]
+__all__ = [
+    "ONE_BY_ONE",
+    "IndependentRows",
+    "PatchedForwards",
+    "Recorder",
+    "couples_examples",
+    "layers_without_native_rule",
+]

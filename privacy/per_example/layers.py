@@ -1,4 +1,4 @@
-"""Which layers have a rule, and the exchange of their forwards."""
+"""Which layers have a rule, which could ever pair a row with the wrong example, and the exchange of their forwards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 from privacy.per_example.cores import cores_rule
 from privacy.per_example.dora import dora_rule
 from privacy.per_example.embedding import embedding_rule, lora_embedding_rule
-from privacy.per_example.linear import linear_rule
+from privacy.per_example.linear import linear_rule, row_by_row
 from privacy.per_example.recorder import Forward, Recorder
 from privacy.per_example.scale import norm_rule
 
-__all__ = ["PatchedForwards", "couples_examples", "layers_without_native_rule"]
+__all__ = ["IndependentRows", "PatchedForwards", "couples_examples", "layers_without_native_rule"]
 
 _RULES: tuple[Callable[[nn.Module, Recorder], Forward | None], ...] = (
     linear_rule,
@@ -29,6 +29,24 @@ _POSITIONS = ("position", "pos_emb", "wpe")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+class IndependentRows:
+    """Frozen linear layers multiply inputs of two dimensions row by row, so that no row's rounding knows the others."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._patched: list[nn.Module] = []
+        for module in network.modules():
+            # A forward set by somebody else does more than the class says: it stays.
+            if "forward" not in vars(module) and (forward := row_by_row(module)) is not None:
+                module.forward = forward
+                self._patched.append(module)
+
+    def close(self) -> None:
+        """Put every module's own forward back."""
+        for module in self._patched:
+            del module.forward
+        self._patched = []
+
+
 class PatchedForwards:
     """The exchanged forwards of all layers that hold a trained parameter; every layer must have a rule.
 
@@ -37,8 +55,9 @@ class PatchedForwards:
 
     def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter], recorder: Recorder) -> None:
         self._patched: list[nn.Module] = []
+        tokens = _token_embedding(network)
         for name, module in _layers(network, trained):
-            forward = _rule_for(name, module, recorder)
+            forward = _rule_for(name, module, recorder, tokens)
             if forward is None:
                 self.close()
                 raise ValueError(f"{name} ({type(module).__name__}) has no per-example gradient rule")
@@ -54,11 +73,11 @@ class PatchedForwards:
 
 def layers_without_native_rule(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:
     """Return `name (type)` of every layer that holds a trained parameter and has no rule."""
-    recorder = Recorder(trained)
+    recorder, tokens = Recorder(trained), _token_embedding(network)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in _layers(network, trained)
-        if _rule_for(name, module, recorder) is None
+        if _rule_for(name, module, recorder, tokens) is None
     ]
 
 
@@ -89,13 +108,21 @@ def _layers(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator
             yield name, module
 
 
-def _rule_for(name: str, module: nn.Module, recorder: Recorder) -> Forward | None:
+def _token_embedding(network: nn.Module) -> nn.Module | None:
+    """Return what looks up the examples' own tokens; None for a network that does not say."""
+    get = getattr(network, "get_input_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _rule_for(name: str, module: nn.Module, recorder: Recorder, tokens: nn.Module | None) -> Forward | None:
     # Rows of a routed expert are tokens picked from many examples; a few of them may look like a batch. A forward set
     # by somebody else (offloading) does more than the class says.
     if "expert" in name or "forward" in vars(module):
         return None
-    # Positions are mostly looked up once for the whole batch, so a row is no example's own. Whether they are shows only
-    # in the first step, when a budget is spent; the name tells before.
-    positions = any(part in name.lower() for part in _POSITIONS)
-    rules = [rule for rule in _RULES if not (positions and rule in _OF_EMBEDDINGS)]
+    # What is looked up with anything but an example's tokens (positions, distances between them) is looked up once for
+    # the whole batch, so a row is no example's own, however many rows there are.
+    own = tokens is None or any(module is each for each in tokens.modules())
+    if any(part in name.lower() for part in _POSITIONS):
+        own = False
+    rules = [rule for rule in _RULES if own or rule not in _OF_EMBEDDINGS]
     return next((forward for rule in rules if (forward := rule(module, recorder)) is not None), None)

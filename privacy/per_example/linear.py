@@ -4,7 +4,9 @@ For one example dW = Σₜ gₜ xₜᵀ = gᵀ x over its positions t, and db = 
 product of as many multiplications as the summed dW takes (Goodfellow 2015, arXiv 1510.01799, keeps norms only; a
 factor is so small that its gradients themselves fit).
 
-An input of two dimensions (examples, in), as a classification head has, is one position per example.
+An input of two dimensions (examples, in), as a classification head has, is one position per example. It is multiplied
+example by example: one product of all rows takes a kernel that depends on how many there are, and rounds each row
+accordingly, so that an example's gradient would depend on how many were drawn beside it (docs/decisions/0016).
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from torch import nn
 
 from privacy.per_example.recorder import Deposit, Forward, Recorder, once
 
-__all__ = ["linear_rule", "product"]
+__all__ = ["linear_rule", "product", "row_by_row"]
 
 
 def linear_rule(module: nn.Module, recorder: Recorder) -> Forward | None:
     """Return the forward of an `nn.Linear` or of GPT-2's `Conv1D` (a linear layer that stores Wᵀ); None for others."""
-    transposed = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-    if type(module) is not nn.Linear and not transposed:
+    kind = _kind(module)
+    if kind is None:
         return None
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
     bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = product(x, weight, recorder, transposed=transposed)
+        y = product(x, weight, recorder, transposed=kind == "transposed")
         return y if bias is None else y + recorder.copies(bias, x)
 
     return forward
@@ -55,15 +57,42 @@ class _Product(torch.autograd.Function):
         once(ctx)
         x, weight = ctx.saved_tensors
         gradient = outputs[0]
-        down = None
-        if ctx.needs_input_grad[0]:
-            down = gradient @ (weight.T if ctx.transposed else weight)
+        down = _multiplied(gradient, weight, not ctx.transposed) if ctx.needs_input_grad[0] else None
         left, right = (x, gradient) if ctx.transposed else (gradient, x)
         ctx.deposit(torch.bmm(_positions(left).mT, _positions(right)))
         return down, None, None, None
 
 
+def row_by_row(module: nn.Module) -> Forward | None:
+    """Return the forward of a frozen `nn.Linear` or `Conv1D` that multiplies each row of two dimensions by itself."""
+    kind = _kind(module)
+    if kind is None:
+        return None
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    bias: nn.Parameter | None = module.bias  # type: ignore[assignment]
+    own = module.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2:
+            return own(x)
+        y = _multiplied(x, weight, kind == "transposed")
+        return y if bias is None else y + bias
+
+    return forward
+
+
+def _kind(module: nn.Module) -> str | None:
+    if type(module) is nn.Linear:
+        return "plain"
+    is_conv1d = type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return "transposed" if is_conv1d else None
+
+
 def _multiplied(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Return x Wᵀ (`transposed`: x W); rows of two dimensions are products of their own."""
+    if x.dim() == 2:
+        matrix = weight if transposed else weight.T
+        return torch.bmm(x.unsqueeze(1), matrix.expand(len(x), *matrix.shape)).squeeze(1)
     return x @ weight if transposed else nn.functional.linear(x, weight)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from client.row_check import RowCheck
 from conf.schema.model import LoRA, Model
 from conf.schema.task import CausalLM, Classification, Task
 from finetuning.adapters import AdaptedModel, attach
@@ -17,6 +18,7 @@ from finetuning.batches import Example
 from finetuning.models import load_base
 from finetuning.tasks.build import build_objective
 from finetuning.units import MicroBatches
+from privacy.example_level import NativeGradients, OpacusGradients
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
@@ -52,7 +54,7 @@ class Bench:
         seed: int = 0,
         **grouping: Any,
     ) -> dict[str, torch.Tensor]:
-        """Return the sum that the rule makes of `examples`: grouped and padded as the loop does it; undivided."""
+        """Return the sum that the rule makes of `examples`: grouped, padded and checked as a site does it; undivided."""
         rule = self.rule(clip_norm, per_example=per_example)
         objective = build_objective(self.task)
         self.adapted.network.train()
@@ -64,6 +66,11 @@ class Bench:
                 self.adapted.base.pad_token_id,
                 max_tokens=micro_batch_tokens,
                 max_units=rule.max_micro_batch,
+                **(
+                    {"alike": self.row_check(rule, grouping.get("static_shapes", False))}
+                    if isinstance(rule, NativeGradients | OpacusGradients)
+                    else {}
+                ),
                 **grouping,
             )
             for part in made.of_step(range(len(made.units))):
@@ -74,6 +81,12 @@ class Bench:
             rule.close()
             for parameter in self.trained.values():
                 parameter.grad = None
+
+    def row_check(self, rule: NativeGradients | OpacusGradients, static: bool = False) -> RowCheck:
+        """Return the real check of which shapes are computed row by row alike."""
+        classes = len(CLASSES) if isinstance(self.task, Classification) else None
+        key = (type(rule), frozenset(self.trained), static)
+        return RowCheck(self.adapted, build_objective(self.task), rule.per_unit, classes, static, key)
 
     def gradient(self, example: Example) -> dict[str, torch.Tensor]:
         """Return one example's gradient in float64 by plain autograd: no padding, no hooks, no code of ours."""

@@ -17,6 +17,7 @@ from privacy.randomness import SecureStream
 from protocol.errors import PrivacyError
 
 LENGTHS = (5, 17, 2, 29, 11, 17, 8)
+MICRO_BATCHES = 2  # padded to 16 and to 32 tokens
 FP32_BOUND = 1e-5
 UNCLIPPED = 1e30
 Make = Callable[..., Any]
@@ -115,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(
     counted = base.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: runs.append(1))
     try:
         assert error_of(made.batched(examples, 0.05, seed=7), plain) < FP32_BOUND
-        assert len(runs) == 2, "nothing was recomputed"
+        assert len(runs) == 2 * MICRO_BATCHES, "nothing was recomputed"
     finally:
         counted.remove()
         base.gradient_checkpointing_disable()
@@ -173,10 +174,11 @@ def test_static_shapes_change_nothing(
     made = bench(family)
     examples = examples_for(family, make_examples)
     plain = made.batched(examples, 0.05, per_example)
-    assert error_of(made.batched(examples, 0.05, per_example, 90, static_shapes=True), plain) < FP32_BOUND
+    static = made.batched(examples, 0.05, per_example, 140, static_shapes=True, longest=33)
+    assert error_of(static, plain) < FP32_BOUND
     pad = made.adapted.base.pad_token_id
-    maker = MicroBatches.of(examples, None, pad, max_tokens=90, static_shapes=True)
-    assert {tuple(part.batch.input_ids.shape) for part in maker.of_step(range(7))} == {(3, 29)}
+    maker = MicroBatches.of(examples, None, pad, max_tokens=140, static_shapes=True, longest=33)
+    assert {tuple(part.batch.input_ids.shape) for part in maker.of_step(range(7))} == {(4, 33)}
 
 
 def test_a_second_backward_is_refused(bench: Make, make_examples: Make) -> None:
@@ -212,6 +214,8 @@ def test_the_rules_forwards_are_there_until_it_is_closed(bench: Make) -> None:
     made = bench("llama", dora=True, targets=("q_proj",))
     held = [set(vars(module)) for module in made.adapted.network.modules()]
     rule = made.rule()
-    assert sum("forward" in vars(module) for module in made.adapted.network.modules()) == len(made.trained)
+    linear = sum(type(module) is torch.nn.Linear for module in made.adapted.network.modules())
+    others = [name for name in made.trained if "magnitude" in name]
+    assert sum("forward" in vars(module) for module in made.adapted.network.modules()) == linear + len(others) > 3
     rule.close()
     assert [set(vars(module)) for module in made.adapted.network.modules()] == held

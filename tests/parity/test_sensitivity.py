@@ -227,6 +227,8 @@ def test_micro_batches_change_no_number_of_a_round(
                 micro_batch_tokens=tokens,
                 units=[(0, 1), (2,), (3, 4), (5,), (6,)],
                 static_shapes=static_shapes,
+                longest=33,
+                most_records=2,
             )
         finally:
             rule.close()

@@ -39,6 +39,7 @@ def site(**policy: object) -> SiteFile:
         ({"bases": ["c" * 64]}, (), "base_not_allowed"),
         ({"bases": []}, (), "base_not_allowed"),
         ({"strategies": ["fedit"]}, ("strategy=ffa_lora",), "strategy_not_allowed"),
+        ({"dtypes": ["fp32"]}, ("model.dtype=bf16",), "dtype_not_allowed"),
         ({"max_rounds": 7}, ("federation.rounds=8",), "too_many_rounds"),
         ({"max_rank": 7}, ("peft.rank=8",), "rank_too_large"),
     ],
@@ -50,6 +51,12 @@ def test_each_line_refuses_what_is_beyond_it_and_nothing_else(
         check_policy(site(**policy), header(*overrides))
     assert caught.value.code == code
     check_policy(site(), header(*overrides))
+
+
+def test_fp16_must_be_allowed_by_name() -> None:
+    with pytest.raises(SiteRefusal, match=r"model\.dtype=fp16 is not among this site's policy\.dtypes"):
+        check_policy(site(), header("model.dtype=fp16"))
+    check_policy(site(dtypes=["fp16"]), header("model.dtype=fp16"))
 
 
 def test_a_codec_is_refused_where_the_policy_lists_others() -> None:

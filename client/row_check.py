@@ -1,0 +1,90 @@
+"""Are the rows of a batch of some shape computed, bit by bit, as each is in a batch of its own?
+
+A sum of clipped gradients moves by at most C with one record if every other record's gradient stays what it was. In
+floating point that is a matter of kernels: a matrix product of all rows may add up in another order than that of one.
+A large adapter, which a server can send, amplifies such a difference without bound. So before a shape is used for the
+first time, a batch of made-up rows of that shape is compared with each row alone, bit by bit. In which order a kernel
+adds depends on shapes, addresses and threads, never on values: what holds for made-up rows and a made-up adapter holds
+for all. Where rows differ, every unit of that padded length is computed alone (`finetuning.units`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from client.made_up import dropout_rates, made_up_examples, traceless
+from finetuning.adapters import AdaptedModel
+from finetuning.batches import Example, collate
+from finetuning.padding import BatchShape
+from finetuning.tasks.base import TaskObjective
+
+__all__ = ["RowCheck"]
+
+_log = logging.getLogger(__name__)
+_NOTHING_DROPPED = 1e-30
+_SHORTER = 7
+"""Tokens by which every other made-up row is shorter, so that two kinds of rows meet."""
+
+PerUnit = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+"""Losses (examples,) and their units to one tensor (units, *parameter shape) per parameter."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowCheck:
+    """Answers for one network and one way of making gradients; answers are kept beside the network.
+
+    `static`: the shape is that of every batch, so that a row alone is one among padding rows.
+    """
+
+    adapted: AdaptedModel
+    objective: TaskObjective
+    per_unit: PerUnit
+    classes: int | None
+    static: bool
+    key: tuple[object, ...]
+    """What else the kernels depend on: the way, the trained parameters, and how the network runs."""
+
+    def __call__(self, shape: BatchShape) -> bool:
+        """Return whether every row of such a batch is computed as it is alone."""
+        if shape.rows == 1:
+            return True
+        key = ("rows", shape, torch.get_num_threads(), *self.key)
+        if key not in self.adapted.checked:
+            self.adapted.checked[key] = None if self._alike(shape) else f"rows of {shape} differ"
+            if self.adapted.checked[key] is not None:
+                _log.warning(
+                    "the rows of a batch of %d x %d tokens are not computed as each one alone is, on this machine: "
+                    "records of that length are computed one by one",
+                    shape.rows,
+                    shape.length,
+                )
+        return self.adapted.checked[key] is None
+
+    def _alike(self, shape: BatchShape) -> bool:
+        lengths = [shape.length - (0 if shape.full else 1), shape.length - (0 if shape.full else _SHORTER)]
+        pair = made_up_examples(self.adapted, self.classes, [max(length, 2) for length in lengths], seed=shape.rows)
+        real = shape.rows - 1 if self.static else shape.rows
+        with traceless(self.adapted), dropout_rates(self.adapted.network, _NOTHING_DROPPED):
+            self.adapted.network.train()
+            together = self._rows([pair[position % 2] for position in range(real)], shape)
+            own = BatchShape(shape.rows if self.static else 1, shape.length, shape.full)
+            alone = [self._rows([example], own) for example in pair]
+        return all(
+            torch.equal(rows[position], alone[position % 2][which][0])
+            for which, rows in enumerate(together)
+            for position in range(real)
+        )
+
+    def _rows(self, examples: list[Example], shape: BatchShape) -> list[torch.Tensor]:
+        base = self.adapted.base
+        torch.manual_seed(0)
+        batch = collate(examples, base.pad_token_id, rows=shape.rows, length=shape.length, full=shape.full)
+        losses = self.objective.losses(self.adapted.network, batch.to(base.device))
+        owners = torch.arange(shape.rows, device=losses.device)
+        owners[len(examples) :] = -1
+        # Copies: a rule may hand out views of what it keeps.
+        return [rows.clone() for rows in self.per_unit(losses * (owners >= 0), owners)]

@@ -1,0 +1,139 @@
+"""A server may send any adapter: large values amplify rounding until it is no rounding any more (decision 0016).
+
+A record's influence is bounded by C because every other record's gradient stays what it was, bit for bit, whoever is
+drawn beside it. The control is the batch of yesterday: all records in one, padded to the longest.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetuning.batches import Example, collate
+from finetuning.tasks.build import build_objective
+
+Make = Callable[..., Any]
+ROUNDING = 1e-4
+SHORT, LONG = (4, 11), 30
+SPREADS = (0.05, 1.0, 3.0, 10.0, 100.0, 1000.0)
+FAMILIES = [("llama", "fedit"), ("llama", "ffa_lora"), ("gpt2", "fedit"), ("bert", "fedit")]
+
+
+def records(made: Any, seed: int) -> list[Example]:
+    """Return 24 short records and a long one, which comes last."""
+    generator = np.random.default_rng(seed)
+    lengths = [*generator.integers(*SHORT, 24).tolist(), LONG]
+    classes = 3 if made.task.kind == "classification" else None
+    return [
+        Example(
+            generator.integers(6, 200, size).astype(np.int32),
+            np.ones(size, dtype=np.bool_),
+            None if classes is None else int(generator.integers(classes)),
+        )
+        for size in lengths
+    ]
+
+
+def craft(made: Any, spread: float, seed: int) -> None:
+    """Put a random adapter of that size into the network; what a strategy freezes stays."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.trained.values():
+            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+def moved(made: Any, examples: Sequence[Example], clip_norm: float, per_example: str, total_norm: Make) -> float:
+    whole, rest = (made.batched(chosen, clip_norm, per_example) for chosen in (examples, examples[:-1]))
+    return total_norm({name: whole[name] - rest[name] for name in whole}) / clip_norm
+
+
+def moved_in_one_batch(made: Any, examples: Sequence[Example], clip_norm: float, total_norm: Make) -> float:
+    def summed(chosen: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rule = made.rule(clip_norm)
+        try:
+            batch = collate(chosen, made.adapted.base.pad_token_id)
+            rule.accumulate(build_objective(made.task).losses(made.adapted.network, batch))
+            rule.finish()
+            return {name: each.grad.double() for name, each in made.trained.items()}
+        finally:
+            rule.close()
+
+    whole, rest = summed(examples), summed(examples[:-1])
+    return total_norm({name: whole[name] - rest[name] for name in whole}) / clip_norm
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "strategy"), FAMILIES)
+def test_no_adapter_lets_a_record_move_the_sum_by_more_than_the_clip_norm(
+    family: str, strategy: str, dtype: str, bench: Make, total_norm: Make
+) -> None:
+    made = bench(family, strategy, dtype=dtype)
+    examples = records(made, 0)
+    reached, broken = 0.0, 0.0
+    for seed, spread in enumerate(SPREADS * 2):
+        craft(made, spread, seed)
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+        distance = moved(made, examples, clip_norm, "native", total_norm)
+        assert distance <= 1 + ROUNDING, f"an adapter of spread {spread:g} (seed {seed}): {distance:.3f} C"
+        reached = max(reached, distance)
+        broken = max(broken, moved_in_one_batch(made, examples, clip_norm, total_norm))
+    assert reached > 0.999, "no record was clipped: the bound was never tested"
+    assert broken > 1.01, "the control holds too: these adapters amplify nothing"
+
+
+@pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_nor_does_any_other_way(family: str, per_example: str, bench: Make, total_norm: Make) -> None:
+    made = bench(family)
+    examples = records(made, 1)
+    for seed, spread in enumerate((0.05, 5.0, 50.0)):
+        craft(made, spread, seed)
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+        assert moved(made, examples, clip_norm, per_example, total_norm) <= 1 + ROUNDING
+
+
+def test_users_whose_records_differ_in_length(bench: Make, total_norm: Make) -> None:
+    """A user is padded to the longest record of their own, and meets users who are padded as far."""
+    made = bench("llama")
+    examples = [*records(made, 2), *records(made, 3)]
+    units = [(0, 24), (1, 2, 3), (4, 5), *((position,) for position in range(6, 24)), (25, 49), (26, 27), (28, 29)]
+    for seed, spread in enumerate((0.05, 5.0, 50.0)):
+        craft(made, spread, seed)
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[24])))
+        whole, rest = (made.batched(examples, clip_norm, units=chosen) for chosen in (units, units[1:]))
+        assert total_norm({name: whole[name] - rest[name] for name in whole}) <= clip_norm * (1 + ROUNDING)
+
+
+def test_with_static_shapes(bench: Make, total_norm: Make) -> None:
+    made = bench("llama")
+    examples = records(made, 4)
+    for seed, spread in enumerate((0.05, 5.0, 50.0)):
+        craft(made, spread, seed)
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+        whole, rest = (
+            made.batched(chosen, clip_norm, static_shapes=True, longest=LONG) for chosen in (examples, examples[:-1])
+        )
+        assert total_norm({name: whole[name] - rest[name] for name in whole}) <= clip_norm * (1 + ROUNDING)
+
+
+def test_rows_that_a_kernel_computes_differently_are_computed_alone(
+    bench: Make, total_norm: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A planted fault: a layer whose rounding depends on how many rows there are, as another machine's may."""
+    made = bench("llama")
+    examples = records(made, 5)
+    layer = made.adapted.network.get_submodule("base_model.model.model.layers.0.mlp")
+    own = layer.forward
+    layer.forward = lambda x: own(x) * (1 + 1e-6 * len(x))
+    try:
+        craft(made, 50.0, 0)
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+        assert moved_in_one_batch(made, examples, clip_norm, total_norm) > 1.5
+        with caplog.at_level(logging.WARNING):
+            assert moved(made, examples, clip_norm, "native", total_norm) <= 1 + ROUNDING
+        assert "are not computed as each one alone is, on this machine" in caplog.text
+    finally:
+        del layer.forward
