@@ -121,7 +121,8 @@ def _rule_for(name: str, module: nn.Module, recorder: Recorder, tokens: nn.Modul
         return None
     # What is looked up with anything but an example's tokens (positions, distances between them) is looked up once for
     # the whole batch, so a row is no example's own, however many rows there are.
-    own = tokens is None or any(module is each for each in tokens.modules())
+    held = {id(each) for each in module.parameters()}
+    own = tokens is None or any(id(each) in held for each in tokens.parameters())
     if any(part in name.lower() for part in _POSITIONS):
         own = False
     rules = [rule for rule in _RULES if own or rule not in _OF_EMBEDDINGS]

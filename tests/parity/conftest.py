@@ -16,6 +16,7 @@ from conf.schema.task import CausalLM, Classification, Task
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example
 from finetuning.models import load_base
+from finetuning.padding import BatchShape
 from finetuning.tasks.build import build_objective
 from finetuning.units import MicroBatches
 from privacy.example_level import NativeGradients, OpacusGradients
@@ -54,7 +55,7 @@ class Bench:
         seed: int = 0,
         **grouping: Any,
     ) -> dict[str, torch.Tensor]:
-        """Return the sum that the rule makes of `examples`: grouped, padded and checked as a site does it; undivided."""
+        """Return the sum that the rule makes of `examples`: grouped, padded, checked as a site does it; undivided."""
         rule = self.rule(clip_norm, per_example=per_example)
         objective = build_objective(self.task)
         self.adapted.network.train()
@@ -66,12 +67,7 @@ class Bench:
                 self.adapted.base.pad_token_id,
                 max_tokens=micro_batch_tokens,
                 max_units=rule.max_micro_batch,
-                **(
-                    {"alike": self.row_check(rule, grouping.get("static_shapes", False))}
-                    if isinstance(rule, NativeGradients | OpacusGradients)
-                    else {}
-                ),
-                **grouping,
+                **({"alike": self.row_check(rule, grouping.get("static_shapes", False))} | grouping),
             )
             for part in made.of_step(range(len(made.units))):
                 rule.accumulate(objective.losses(self.adapted.network, part.batch) * part.weights, part.owners)
@@ -82,8 +78,10 @@ class Bench:
             for parameter in self.trained.values():
                 parameter.grad = None
 
-    def row_check(self, rule: NativeGradients | OpacusGradients, static: bool = False) -> RowCheck:
+    def row_check(self, rule: GradientRule, static: bool) -> Callable[[BatchShape], bool]:
         """Return the real check of which shapes are computed row by row alike."""
+        if not isinstance(rule, NativeGradients | OpacusGradients):
+            return lambda shape: True
         classes = len(CLASSES) if isinstance(self.task, Classification) else None
         key = (type(rule), frozenset(self.trained), static)
         return RowCheck(self.adapted, build_objective(self.task), rule.per_unit, classes, static, key)
