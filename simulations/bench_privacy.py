@@ -4,8 +4,9 @@
     python -m simulations.bench_privacy --seconds 5 # fewer steps per case: a look, in a few minutes
     python -m simulations.bench_privacy --gpu       # the GPU table alone
 
-Each figure is a median over paired steps that take turns, so that a busy machine slows all alike. All see the same
-padded batches. On a CPU time is processor time of one thread; memory is the peak above the loaded model, each mode in a
+Each figure is a median over paired steps that take turns, so that a busy machine slows all alike. Each pads as it does
+in use: the plain step to the longest record of a micro-batch, the private ones by each record's own length (decision
+0016), and `one_by_one` not at all. On a CPU time is processor time of one thread; memory is the peak above the loaded model, each mode in a
 process of its own, forked from one that has loaded the model. How many steps are taken follows from `--seconds`, so
 that the CPU table takes about ten minutes on two cores. Nothing here is a test.
 
@@ -27,7 +28,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -107,23 +108,32 @@ class Bench:
     def step(self, mode: str) -> float:
         """Take a step's gradient, and return its seconds."""
         from finetuning.tasks.causal_lm import CausalLMObjective
-        from finetuning.units import MicroBatches
 
         rule = self._rule(mode)
-        budget = self.case.length * self.case.batch // (2 if self.case.mixed else 1)
-        maker = MicroBatches.of(self.examples, None, 0, max_tokens=budget, max_units=rule.max_micro_batch)
         try:
             began = self._now()
-            for part in maker.of_step(range(len(self.examples))):
-                part = part.to(self.device)
-                losses = CausalLMObjective().losses(self.network, part.batch)
-                rule.accumulate(losses, part.owners)
+            for batch, owners in self._batches(mode, rule.max_micro_batch):
+                losses = CausalLMObjective().losses(self.network, batch.to(self.device))
+                rule.accumulate(losses, owners.to(self.device))
             rule.finish()
             return self._now() - began
         finally:
             rule.close()
             for parameter in self.trained.values():
                 parameter.grad = None
+
+    def _batches(self, mode: str, max_units: int | None) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Yield padded batches and the unit of each row, in micro-batches of half the step where lengths differ."""
+        from finetuning.batches import collate, micro_batches
+        from finetuning.units import MicroBatches
+
+        budget = self.case.length * self.case.batch // (2 if self.case.mixed else 1)
+        if mode == "none":
+            for group in micro_batches([len(example) for example in self.examples], max_tokens=budget):
+                yield collate([self.examples[position] for position in group], 0), torch.arange(len(group))
+        else:
+            maker = MicroBatches.of(self.examples, None, 0, max_tokens=budget, max_units=max_units)
+            yield from ((part.batch, part.owners) for part in maker.of_step(range(len(self.examples))))
 
     def _rule(self, mode: str) -> Any:
         from privacy.ghost_clipping import GhostGradients
