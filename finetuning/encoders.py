@@ -46,8 +46,7 @@ class FastEncoder:
 
     backend: Tokenizer
     specials: SpecialTokens
-    special_ids: NDArray[np.int64]
-    """That of unknown text is not among them."""
+    special_ids: Mapping[str, int]
     mark: str | None
     """Stands around the new name of each special token; None: they have their names, and text that spells them has
     their ids."""
@@ -69,8 +68,9 @@ class FastEncoder:
 
     def _checked(self, row: Sequence[Segment], pieces: list[str], encoding: Any) -> Encoded | None:
         ids = cast("list[int]", encoding.ids)
-        is_special = np.isin(ids, self.special_ids)
-        if self.mark is not None and is_special.sum() != sum(each.special for each in row):
+        is_special = np.isin(ids, list(self.special_ids.values()))
+        written = sum(each.special and each.text in self.special_ids for each in row)
+        if self.mark is not None and is_special.sum() != written:
             return None
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
         if len({each.trained for each in row}) < 2:  # nothing to tell apart
@@ -90,7 +90,7 @@ class PlainEncoder:
 
     tokenizer: PreTrainedTokenizerBase
     specials: SpecialTokens
-    special_ids: NDArray[np.int64]
+    special_ids: Mapping[str, int]
 
     def encode(self, row: Sequence[Segment]) -> Encoded:
         """Return a row's joint text as ids.
@@ -106,7 +106,8 @@ class PlainEncoder:
         ids: list[int] = []
         for text, special in runs:
             ids.extend(self._ids(text) if special else self._ids(text, split_special_tokens=True))
-        if np.isin(ids, self.special_ids).sum() != sum(special for _, special in runs):
+        written = sum(special and text in self.special_ids for text, special in runs)
+        if np.isin(ids, list(self.special_ids.values())).sum() != written:
             raise DataError(
                 f"the text holds the special token {spelled[0]!r}, which the tokenizer of "
                 f"{self.tokenizer.name_or_path!r} cannot read as text; take it out of the record, or set "
@@ -145,10 +146,15 @@ def fast_encoder(
     return encoder
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase, specials: SpecialTokens) -> NDArray[np.int64]:
-    """Return the ids of the special tokens, but that of unknown text, which a record may well have."""
-    found = cast("list[int]", tokenizer.convert_tokens_to_ids(list(specials.names)))
-    return np.array(sorted(set(found) - {tokenizer.unk_token_id}), dtype=np.int64)
+def special_ids(tokenizer: PreTrainedTokenizerBase, specials: SpecialTokens) -> dict[str, int]:
+    """Return the id of each special token that no text can have. That of unknown text it can, unless the same token
+    also begins or ends a text: then the tokenizer knows every character, and only its class asks for such a token."""
+    ids = cast("list[int]", tokenizer.convert_tokens_to_ids(list(specials.names)))
+    found = dict(zip(specials.names, ids, strict=True))
+    unknown = tokenizer.unk_token_id
+    if unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        found = {name: index for name, index in found.items() if index != unknown}
+    return found
 
 
 @lru_cache(maxsize=2)

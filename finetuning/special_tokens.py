@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from transformers import AddedToken, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["NO_SPECIALS", "SpecialTokens", "special_tokens", "unused_mark"]
 
@@ -76,8 +76,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     frames turns with them (`<｜User｜>`). Other added tokens are words of the vocabulary; so are tags that come in
     pairs (`<think>`, `</think>`), which an answer holds on purpose.
     """
-    # Of these the result is a function, also when somebody adds tokens to the same object later.
-    added = tuple(cast("dict[int, AddedToken]", tokenizer.added_tokens_decoder).values())
+    added = tuple(tokenizer.added_tokens_decoder.values())
     marked = {token.content for token in added if token.special} | set(map(str, tokenizer.all_special_tokens))
     return _special_tokens(
         frozenset(marked), frozenset(token.content for token in added), _template_text(tokenizer.chat_template)

@@ -50,6 +50,18 @@ class TokenizationReport:
         """Whether any row was not learned exactly as it stands."""
         return bool(self.truncated or self.emptied or self.merged or self.specials)
 
+    def counts(self) -> dict[str, int | None]:
+        """Return the report as plain values, without the numbers of the rows."""
+        return {
+            "rows": self.rows,
+            "kept": self.kept,
+            "truncated": self.truncated,
+            "left_out": len(self.emptied),
+            "special_tokens": self.specials,
+            "merged": self.merged,
+            "max_length": self.max_length,
+        }
+
     def sentences(self) -> list[str]:
         """Return the report as lines for a person; rows are named, at most ten of them."""
         lines = [f"{self.kept} of {counted(self.rows, 'row')} kept: {counted(self.tokens, 'token')}"]

@@ -99,6 +99,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     compose, loading = ModuleType("conf.compose"), ModuleType("finetuning.models")
     compose.compose_experiment = compose_experiment  # type: ignore[attr-defined]
     loading.load_tokenizer = lambda model: byte_tokenizer()  # type: ignore[attr-defined]
+    loading.stated_context = lambda model: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "conf.compose", compose)
     monkeypatch.setitem(sys.modules, "finetuning.models", loading)
     return asked
