@@ -235,7 +235,7 @@ def backdoor_success(experiment: Experiment, run: Path, heldout: Sequence[Row]) 
         rows,
         experiment.data.columns,
         adapted.base.tokenizer,
-        max_length=sequence_bound(experiment.data.max_length, adapted.base.tokenizer, adapted.base.context),
+        max_length=sequence_bound(None, adapted.base.tokenizer, adapted.base.context),
         train_on=experiment.data.train_on,
         special_tokens=experiment.data.special_tokens,
         labels=experiment.task.labels,
