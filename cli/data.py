@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import dropwhile, groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "app",
+    "hidden_tokens",
     "length_histogram",
     "percentile",
     "preview",
@@ -40,6 +41,7 @@ app = typer.Typer(
 _LEARNED = "bold green"
 _READ = "dim"
 _BAR_WIDTH = 40
+_NAMED_TOKENS = 16
 
 
 @app.callback()
@@ -60,7 +62,8 @@ def preview(
     """Print tokenized examples (learned tokens in ⟦green⟧), their lengths, and who holds what."""
     from conf.compose import compose_experiment
     from finetuning.batches import tokenize_rows
-    from finetuning.models import load_tokenizer
+    from finetuning.models import load_tokenizer, stated_context
+    from finetuning.tokenizing import sequence_bound
     from simulations.partition import plot_partition, who_holds_what
     from simulations.population import build_population
 
@@ -74,16 +77,17 @@ def preview(
         train,
         config.columns,
         tokenizer,
-        max_length=config.max_length,
+        max_length=sequence_bound(config.max_length, tokenizer, stated_context(experiment.model)),
         train_on=config.train_on,
         truncation=config.truncation,
+        special_tokens=config.special_tokens,
         labels=labels,
     )
     console = Console()
     for number, example in enumerate(tokenized.examples[:examples], start=1):
         label = "" if labels is None or example.label is None else f", label {labels[example.label]}"
         title = f"example {number}: {len(example)} tokens{label}"
-        console.print(rendered_example(title, _decoded_runs(example, tokenizer)))
+        console.print(rendered_example(title, _decoded_runs(example, tokenizer), hidden_tokens(example, tokenizer)))
     if examples:
         console.print(rendered_legend())
     console.print()
@@ -100,14 +104,15 @@ def preview(
         console.print(Text(f"wrote {plot_partition(population.parts, column, plot)}"))
 
 
-def rendered_example(title: str, runs: Iterable[tuple[str, bool]]) -> RenderableType:
-    """Return a panel with runs of (text, learned); learned text is bracketed, read text is dim."""
+def rendered_example(title: str, runs: Iterable[tuple[str, bool]], notes: Sequence[str] = ()) -> RenderableType:
+    """Return a panel with runs of (text, learned); learned text is bracketed, read text is dim. Notes come below."""
     body = Text()
     for text, learned in runs:
         # Brackets besides the color: a file, a pipe and some eyes see none.
         shown = f"⟦{_printable(text)}⟧" if learned else _printable(text)
         body.append(shown, style=_LEARNED if learned else _READ)
-    return Panel(body, title=Text(title), title_align="left")
+    below = [Text(_printable(note), style="cyan") for note in notes]
+    return Panel(Group(body, *below), title=Text(title), title_align="left")
 
 
 def rendered_legend() -> Text:
@@ -177,11 +182,49 @@ def _printable(text: str) -> str:
 
 def _decoded_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     pairs = zip(example.input_ids.tolist(), example.trained.tolist(), strict=True)
+    runs: list[tuple[str, bool]] = []
+    ids: list[int] = []
+    text = ""
     # Whole runs, not single tokens: half of a multi-byte character has no text of its own.
-    return [
-        (str(tokenizer.decode([token for token, _ in run])), learned)
-        for learned, run in groupby(pairs, key=lambda pair: pair[1])
-    ]
+    for learned, group in groupby(pairs, key=lambda pair: pair[1]):
+        run = [token for token, _ in group]
+        ids += run
+        longer = str(tokenizer.decode(ids))
+        # After what stands before it: decoded alone, SentencePiece drops the space that a run begins with.
+        runs.append((longer[len(text) :] if longer.startswith(text) else str(tokenizer.decode(run)), learned))
+        text = longer
+    return runs
+
+
+def hidden_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a line for each run of learned or read tokens that its text does not tell.
+
+    Other tokens may decode to the same text: `▁ ,` and `,` of SentencePiece, `</s>` as the end of a text and as four
+    letters. So the tokens are named, with their ids, of each run whose text would be tokenized in another way.
+    """
+    lines: list[str] = []
+    for learned, run in _content_runs(example, tokenizer):
+        again = tokenizer(tokenizer.decode(run), add_special_tokens=False, verbose=False)["input_ids"]
+        differs = next((at for at, (one, other) in enumerate(zip_longest(run, again)) if one != other), None)
+        if differs is not None:
+            start = max(differs - 1, 0)
+            shown = run[start : start + _NAMED_TOKENS]
+            pieces = zip(tokenizer.convert_ids_to_tokens(shown), shown, strict=True)
+            named = " ".join(f"{piece}={token}" for piece, token in pieces)
+            before, after = "... " if start else "", " ..." if start + len(shown) < len(run) else ""
+            lines.append(f"{'learned' if learned else 'read'} tokens: {before}{named}{after}")
+    return lines
+
+
+def _content_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterable[tuple[bool, list[int]]]:
+    """Yield runs of learned or read tokens without the special tokens at their ends, which no text begins or ends."""
+    special = {index for index in tokenizer.all_special_ids if index != tokenizer.unk_token_id}
+    pairs = zip(example.input_ids.tolist(), example.trained.tolist(), strict=True)
+    for learned, group in groupby(pairs, key=lambda pair: pair[1]):
+        run = [token for token, _ in group]
+        while run and run[-1] in special:
+            run.pop()
+        yield learned, list(dropwhile(special.__contains__, run))
 
 
 def _chosen(parts: Mapping[str, Sequence[Row]], site: str | None) -> Mapping[str, Sequence[Row]]:

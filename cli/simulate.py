@@ -62,9 +62,11 @@ def _run_once(experiment: Experiment, console: Console) -> None:
 
 
 def _print_outcome(run: Simulated, console: Console) -> None:
-    from cli.tables import outcome_table
+    from cli.tables import outcome_table, record_lines
 
     console.print(outcome_table(run.summary))
+    for line in record_lines(run.summary):
+        console.print(line, soft_wrap=True)
     console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "outcome_table",
     "person_text",
     "quality_text",
+    "record_lines",
     "robustness_table",
     "sweep_table",
 ]
@@ -78,6 +79,25 @@ def outcome_table(summary: dict[str, Any]) -> Table:
         table.caption += "\ntuned: each site's own model, the shared part and what that site keeps"
     table.caption_justify = "left"
     return table
+
+
+def record_lines(summary: dict[str, Any]) -> list[str]:
+    """Return what became of the rows of simulated sites, one line for each thing that happened to any of them."""
+    records: dict[str, dict[str, int]] = summary["records"] or {}
+    told = {
+        "truncated": "rows cut to the longest sequence",
+        "left_out": "rows left out, with nothing to learn (empty, or cut before the completion)",
+        "special_tokens": "special tokens of the model in the text of records",
+        "merged": "rows whose prompt ends inside a token",
+    }
+    lines: list[str] = []
+    for key, sentence in told.items():
+        found = {site: counts[key] for site, counts in records.items() if counts[key]}
+        if found:
+            named = ", ".join(f"{site} {count}" for site, count in list(found.items())[:10])
+            more = ", ..." if len(found) > 10 else ""
+            lines.append(f"records  {sum(found.values())} {sentence}: {named}{more}")
+    return lines
 
 
 def _tuned(final: dict[str, Any] | None) -> float | None:

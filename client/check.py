@@ -128,12 +128,13 @@ def _data(file: SiteFile) -> str:
     count = len(tokenized.examples)
     if count > file.published_records:
         raise ConfigError(f"{count} records are more than published_records={file.published_records}; publish more")
+    told = "".join(f"; {sentence}" for sentence in tokenized.report.sentences()[1:])
     if file.published_users is None:
-        return f"{count} records fit the schema (a figure for you alone)"
+        return f"{count} records fit the schema (a figure for you alone){told}"
     users = len(units_of(rows, UserLevel(), file.data, b""))
     if users > file.published_users:
         raise ConfigError(f"{users} users are more than published_users={file.published_users}; publish more")
-    return f"{count} records of {users} users fit the schema (figures for you alone)"
+    return f"{count} records of {users} users fit the schema (figures for you alone){told}"
 
 
 def _socket(file: SiteFile) -> str:

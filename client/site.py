@@ -6,6 +6,7 @@ never code.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -24,12 +25,16 @@ from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
+from finetuning.tokenization_report import TokenizationReport
+from finetuning.tokenizing import sequence_bound
 from privacy.plan import PrivacyPlan
 from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, Reply
 
 __all__ = ["Site", "open_site", "read_site_file"]
+
+_log = logging.getLogger(__name__)
 
 
 class Site:
@@ -95,6 +100,11 @@ class Site:
         """
         return rehearse(plan, self.work())
 
+    @property
+    def tokenization(self) -> TokenizationReport | None:
+        """What became of this site's rows, for the site alone; None before they were needed."""
+        return None if self._tokenized is None else self._tokenized[0].report
+
     def work(self) -> RoundWork:
         """Return what this site brings to a round; `answer` and `rehearse` of `client.rounds` take it."""
         return RoundWork(self.file, lambda: self.state, self._adapted, self._records, self._simulated)
@@ -143,11 +153,19 @@ class Site:
             tokenized = tokenize_site(self.file, rows, adapted)
             emptied = set(tokenized.report.emptied)
             self._tokenized = tokenized, [row for number, row in enumerate(rows, start=1) if number not in emptied]
+            self._say(tokenized.report)
         tokenized, kept = self._tokenized
         asked = (privacy, key)
         if asked not in self._units:
             self._units = {asked: units_of(kept, privacy, self.file.data, key)}
         return SiteRecords(tokenized.examples, self._units[asked])
+
+    def _say(self, report: TokenizationReport) -> None:
+        """Tell this site's own log what became of its rows; none of it is in any reply."""
+        # A simulation has it in its summary, for all sites together.
+        level = logging.WARNING if report.has_incidents and not self._simulated else logging.INFO
+        for sentence in report.sentences():
+            _log.log(level, "site %s: %s", self.file.name, sentence)
 
 
 def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) -> TokenizedRows:
@@ -160,18 +178,15 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         raise DataError(
             f"site {file.name} has no training record; check data.source, data.split_column and the partition"
         )
-    context, wanted = adapted.base.context, file.data.max_length
-    if context is not None and wanted is not None and wanted > context:
-        raise DataError(
-            f"data.max_length={wanted} is above the model's context of {context} tokens; use at most {context}"
-        )
+    data, tokenizer = file.data, adapted.base.tokenizer
     return tokenize_rows(
         rows,
-        file.data.columns,
-        adapted.base.tokenizer,
-        max_length=wanted or context,
-        train_on=file.data.train_on,
-        truncation=file.data.truncation,
+        data.columns,
+        tokenizer,
+        max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
+        train_on=data.train_on,
+        truncation=data.truncation,
+        special_tokens=data.special_tokens,
         labels=file.task.labels,
     )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from conf.schema.data import ChatColumns, Columns, LabelledColumns
 from finetuning.datasets import Row, cell, check_columns, nearest
 from finetuning.prompts import Segment, TrainOn, segments
+from finetuning.special_tokens import NO_SPECIALS, SpecialTokens
+from finetuning.special_tokens import special_tokens as known_specials
+from finetuning.tokenization_report import TokenizationReport, counted
+from finetuning.tokenizing import SpecialsInText, sequence_bound, tokenize_segments
 from protocol.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,8 +36,6 @@ __all__ = [
 IGNORED = -100
 """Target of a token that is not learned: the value that torch's cross entropy leaves out."""
 
-_NO_STATED_CONTEXT = 10**9  # tokenizers that state no context report a huge number instead
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
@@ -45,44 +47,6 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizationReport:
-    """What tokenizing did to the rows. All of it is private to the site that holds them.
-
-    ============== ==========================================================================
-    rows           rows given
-    kept           rows that became examples
-    truncated      rows cut to `max_length`, whether kept or not
-    emptied        row numbers (from 1) with nothing to learn: left out
-    tokens         tokens in the kept examples
-    trained_tokens those that are learned
-    max_length     the bound that was applied; None: no bound
-    ============== ==========================================================================
-    """
-
-    rows: int
-    kept: int
-    truncated: int
-    emptied: tuple[int, ...]
-    tokens: int
-    trained_tokens: int
-    max_length: int | None
-
-    def sentences(self) -> list[str]:
-        """Return the report as lines for a person; rows are named, at most ten of them."""
-        lines = [f"{self.kept} of {_count(self.rows, 'row')} kept: {_count(self.tokens, 'token')}"]
-        lines[0] += f", {self.trained_tokens} of them learned" if self.trained_tokens else ""
-        if self.truncated:
-            lines.append(f"{_count(self.truncated, 'row')} cut to data.max_length={self.max_length} tokens")
-        if self.emptied:
-            named = ", ".join(map(str, self.emptied[:10])) + (", ..." if len(self.emptied) > 10 else "")
-            lines.append(
-                f"{_count(len(self.emptied), 'row')} left out, with nothing to learn (empty, or cut before the "
-                f"completion): {named}"
-            )
-        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +98,15 @@ def tokenize_rows(
     max_length: int | None,
     train_on: TrainOn = "completion",
     truncation: Literal["truncate", "refuse"] = "truncate",
+    special_tokens: SpecialsInText = "text",
     labels: tuple[str, ...] | None = None,
 ) -> TokenizedRows:
     """Return one example per row that has something to learn, and a report on all rows.
 
     A bos token comes first where the tokenizer has one, and a learned eos token last; a chat has only what its template
     writes. A labelled text gets the tokenizer's cls and sep tokens where it has them. Truncation keeps the start;
-    `max_length=None` stands for the context that the tokenizer states. No rows give no examples.
+    `max_length=None` stands for the length that the tokenizer states. `special_tokens` says what the letters of a
+    special token are inside a record (`data.special_tokens`). No rows give no examples.
 
     Raises:
         DataError: naming the row, for a missing column, a value that is no text, an unknown label, a sequence that is
@@ -150,14 +116,19 @@ def tokenize_rows(
         raise ValueError(f"max_length={max_length} must be at least 2: one token to read and one to learn")
     if rows:
         check_columns(rows, columns)
-    bound = max_length if max_length is not None else _stated_context(tokenizer)
+    bound = sequence_bound(max_length, tokenizer, context=None)
     framing = _framing(columns, tokenizer)
-    pieces = [_numbered(number, row, columns, tokenizer, train_on) for number, row in enumerate(rows, start=1)]
+    specials = known_specials(tokenizer) if special_tokens == "text" else NO_SPECIALS
+    pieces = [
+        _numbered(number, row, columns, tokenizer, train_on, specials) for number, row in enumerate(rows, start=1)
+    ]
+    texts = tokenize_segments(pieces, tokenizer, special_tokens)
     label_of = [_label(number, row, columns, labels) for number, row in enumerate(rows, start=1)]
     examples: list[Example] = []
     emptied: list[int] = []
     truncated = 0
-    for number, (ids, trained) in enumerate(_token_ids(pieces, tokenizer), start=1):
+    for number, text in enumerate(texts, start=1):
+        ids, trained = text.ids, text.trained
         is_labelled = label_of[number - 1] is not None
         length = len(ids) + framing.length if len(ids) else 0
         if bound is not None and length > bound:
@@ -179,6 +150,10 @@ def tokenize_rows(
         tokens=sum(len(example) for example in examples),
         trained_tokens=sum(int(example.trained.sum()) for example in examples),
         max_length=bound,
+        merged=sum(text.is_merged for text in texts),
+        specials=sum(text.specials for text in texts),
+        rows_with_specials=sum(text.specials > 0 for text in texts),
+        special_tokens=special_tokens,
     )
     return TokenizedRows(tuple(examples), report)
 
@@ -299,39 +274,18 @@ def _ids(token: object) -> tuple[int, ...]:
     return (token,) if isinstance(token, int) else ()
 
 
-def _stated_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    stated = tokenizer.model_max_length
-    return stated if stated < _NO_STATED_CONTEXT else None
-
-
 def _numbered(
-    number: int, row: Row, columns: Columns, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
+    number: int,
+    row: Row,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: TrainOn,
+    specials: SpecialTokens,
 ) -> tuple[Segment, ...]:
     try:
-        return segments(row, columns, tokenizer, train_on)
+        return segments(row, columns, tokenizer, train_on, specials)
     except DataError as error:
         raise DataError(f"row {number}: {error}") from error
-
-
-def _token_ids(
-    pieces: Sequence[tuple[Segment, ...]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[bool]]]:
-    texts = [piece.text for row in pieces for piece in row]
-    # One call for all rows lets the tokenizer use every core; not verbose: we report what is too long, with its row.
-    encoded = (
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
-    coming = iter(cast("list[list[int]]", encoded))
-    for row in pieces:
-        ids: list[int] = []
-        trained: list[bool] = []
-        for piece in row:
-            new = next(coming)
-            ids.extend(new)
-            trained.extend([piece.trained] * len(new))
-        yield ids, trained
 
 
 def _label(number: int, row: Row, columns: Columns, labels: tuple[str, ...] | None) -> int | None:
@@ -366,9 +320,5 @@ def _check_may_cut(number: int, length: int, bound: int, truncation: str) -> Non
 def _nothing_left(rows: int, truncated: int, bound: int | None) -> str:
     cut = f"; {truncated} were cut to data.max_length={bound}: raise it" if truncated else ""
     return (
-        f"none of {_count(rows, 'row')} has anything to learn: texts or completions are empty{cut}; check data.columns"
+        f"none of {counted(rows, 'row')} has anything to learn: texts or completions are empty{cut}; check data.columns"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

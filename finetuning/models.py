@@ -16,9 +16,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +30,15 @@ from conf.schema.task import Task
 from finetuning.embedded import resolve
 from protocol.errors import ModelError
 
-__all__ = ["FrozenBase", "base_digest", "checkpointing", "load_base", "load_tokenizer", "pick_device"]
+__all__ = [
+    "FrozenBase",
+    "base_digest",
+    "checkpointing",
+    "load_base",
+    "load_tokenizer",
+    "pick_device",
+    "stated_context",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -47,6 +57,8 @@ _IDENTITY = (
     *_SPECIAL,
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+"""What configurations call the longest sequence."""
 _HEAD_SEED = 0
 """Layers that the checkpoint lacks start from this seed, so that they are the same at every site."""
 
@@ -94,6 +106,21 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         ModelError: when it cannot be found or loaded.
     """
     return _tokenizer(_folder(model))
+
+
+def stated_context(model: Model) -> int | None:
+    """Return the longest sequence in tokens that a model takes, without loading it; None where it states none.
+
+    Raises:
+        ModelError: when it cannot be found or its configuration cannot be read.
+    """
+    folder = _folder(model)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the configuration in {folder} cannot be read: {_first_line(error)}") from error
+    pad = _tokenizer(folder).pad_token_id
+    return _context(config, pad if isinstance(pad, int) else None)
 
 
 def base_digest(model: Model) -> str:
@@ -151,7 +178,7 @@ def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
     if not isinstance(pad, int):
         raise ModelError(f"the tokenizer of {model.path} has neither a padding nor an end-of-text token; add one to it")
     network.config.pad_token_id = pad
-    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network), fresh)
+    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network.config, pad), fresh)
 
 
 def _network(folder: Path, model: Model, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -224,15 +251,14 @@ def _digest(folder: Path) -> str:
     return state.hexdigest()
 
 
-def _context(network: PreTrainedModel) -> int | None:
+def _context(config: PretrainedConfig, pad_token_id: int | None) -> int | None:
     """Return the longest input in tokens. RoBERTa keeps the first positions for padding."""
-    stated = getattr(network.config, "max_position_embeddings", None) or getattr(network.config, "n_positions", None)
+    text = config.get_text_config()  # of a model that also sees or hears
+    stated = next((found for name in _CONTEXT if isinstance(found := getattr(text, name, None), int)), None)
     if stated is None:
         return None
-    offset = (
-        network.config.pad_token_id + 1 if network.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    )
-    return int(stated) - offset
+    is_offset = text.model_type in ("roberta", "xlm-roberta", "camembert")
+    return stated - ((pad_token_id or 0) + 1 if is_offset else 0)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What a row says to the model: pieces of text, each marked as learned or only read.
 
-The pieces are tokenized one by one. At generation time the model continues a prompt that was tokenized alone, so a
-token that straddles prompt and completion would teach it a continuation it can never be asked for.
+A chat template writes special tokens around the messages. They are pieces of their own, so that the same letters inside
+a message stay text (`finetuning.special_tokens`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from conf.schema.data import (
     TextColumns,
 )
 from finetuning.datasets import Row, cell, nearest
+from finetuning.special_tokens import SpecialTokens, special_tokens, unused_mark
 from protocol.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,14 +33,19 @@ CHAT_ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of text; `trained` says whether its tokens are learned."""
+    """A piece of text; `trained` says whether its tokens are learned, `special` whether it is a special token."""
 
     text: str
     trained: bool
+    special: bool = False
 
 
 def segments(
-    row: Row, columns: Columns, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "completion"
+    row: Row,
+    columns: Columns,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: TrainOn = "completion",
+    specials: SpecialTokens | None = None,
 ) -> tuple[Segment, ...]:
     """Return the pieces of one row, in order, without empty ones.
 
@@ -51,7 +57,8 @@ def segments(
     labelled           the text, not learned: the label is what is learned
     ================== =================================================================================
 
-    With `train_on="all"` prompts are learned too. A null is an empty text.
+    With `train_on="all"` prompts are learned too. A null is an empty text. Of a chat, those special tokens that its
+    template writes are pieces of their own; `specials` says which there are (None: those of the tokenizer).
 
     Raises:
         DataError: a column is missing or holds no text, or the chat template cannot be applied or split.
@@ -70,7 +77,9 @@ def segments(
         case LabelledColumns():
             pieces = (Segment(_text(row, columns.text, "text"), False),)
         case ChatColumns():
-            pieces = _chat(cell(row, columns.messages, "data.columns.messages"), tokenizer, learn_prompt)
+            messages = cell(row, columns.messages, "data.columns.messages")
+            known = special_tokens(tokenizer) if specials is None else specials
+            pieces = _chat(messages, tokenizer, learn_prompt, known)
         case _:
             assert_never(columns)
     return tuple(piece for piece in pieces if piece.text)
@@ -103,13 +112,30 @@ def _text(row: Row, column: str, field: str) -> str:
     return value
 
 
-def _chat(value: object, tokenizer: PreTrainedTokenizerBase, learn_prompt: bool) -> tuple[Segment, ...]:
+def _chat(
+    value: object, tokenizer: PreTrainedTokenizerBase, learn_prompt: bool, specials: SpecialTokens
+) -> tuple[Segment, ...]:
     if not tokenizer.chat_template:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; choose an instruct model in model.path, "
             "or data.columns.kind=prompt_completion"
         )
-    messages = _messages(value)
+    written = _messages(value)
+    mark = unused_mark(message["content"] for message in written)
+    # What the rendered text then spells was written by the template.
+    messages = [message | {"content": specials.hidden(message["content"], mark)} for message in written]
+    _check_hidden(written, messages, tokenizer, specials, mark)
+    pieces = _turns(messages, tokenizer, learn_prompt)
+    return tuple(
+        Segment(specials.shown(text, mark), piece.trained, is_special)
+        for piece in pieces
+        for text, is_special in specials.split(piece.text)
+    )
+
+
+def _turns(
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, learn_prompt: bool
+) -> Sequence[Segment]:
     pieces: list[Segment] = []
     rendered = ""
 
@@ -126,14 +152,33 @@ def _chat(value: object, tokenizer: PreTrainedTokenizerBase, learn_prompt: bool)
         rendered = longer
 
     if learn_prompt:
-        return (Segment(_render(tokenizer, messages, cue=False), True),) if messages else ()
+        return [Segment(_render(tokenizer, messages, cue=False), True)] if messages else []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             extend(index, cue=True, trained=False)
             extend(index + 1, cue=False, trained=True)
     if messages and messages[-1]["role"] != "assistant":
         extend(len(messages), cue=False, trained=False)
-    return tuple(pieces)
+    return pieces
+
+
+def _check_hidden(
+    written: Sequence[Mapping[str, str]],
+    hidden: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    specials: SpecialTokens,
+    mark: str,
+) -> None:
+    """A template may look into a message, and do something else there with a special token than with other text."""
+    if all(one["content"] == other["content"] for one, other in zip(written, hidden, strict=True)):
+        return
+    if specials.shown(_render(tokenizer, hidden, cue=False), mark) == _render(tokenizer, written, cue=False):
+        return
+    named = next(name for message in written for name in specials.found_in(message["content"]))
+    raise DataError(
+        f"a message holds the special token {named!r}, and the chat template of {tokenizer.name_or_path!r} does not "
+        "treat it as text; take it out of the message, or set data.special_tokens=parsed to have it read as the token"
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], cue: bool) -> str:

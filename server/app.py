@@ -21,6 +21,7 @@ from flwr.superlink.grid import InMemoryGrid
 from conf.schema.experiment import Experiment
 from finetuning.datasets import Row
 from finetuning.models import base_digest
+from finetuning.tokenization_report import TokenizationReport
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors, digest
 from server.budget import ServerBooks
@@ -58,13 +59,20 @@ class Launch:
     """From the final adapter to each simulated site's own model, where the strategy leaves a part at the sites."""
     resume: bool = False
     """Go on with the run in `path`, from its newest checkpoint."""
+    records: Mapping[str, TokenizationReport] | None = None
+    """What became of each simulated site's rows; real sites tell nobody."""
 
 
 def serve(grid: Grid, launch: Launch) -> Outcome:
     """Run an experiment on whatever runtime `grid` leads to."""
     experiment = launch.experiment
     directory = RunDirectory(
-        launch.path, experiment, base_digest(experiment.model), books=_books(launch), resume=launch.resume
+        launch.path,
+        experiment,
+        base_digest(experiment.model),
+        books=_books(launch),
+        resume=launch.resume,
+        records=launch.records,
     )
 
     def observe(event: Event) -> None:

@@ -14,6 +14,7 @@ from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
+from finetuning.tokenizing import sequence_bound
 from protocol.tensors import NamedTensors
 from server.events import Evaluated, PersonalEvaluated
 from server.root import split_root
@@ -138,12 +139,14 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
 
 
 def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]) -> Sequence[Example]:
+    data, tokenizer = experiment.data, adapted.base.tokenizer
     return tokenize_rows(
         rows,
-        experiment.data.columns,
-        adapted.base.tokenizer,
-        max_length=experiment.data.max_length or adapted.base.context,
-        train_on=experiment.data.train_on,
-        truncation=experiment.data.truncation,
+        data.columns,
+        tokenizer,
+        max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
+        train_on=data.train_on,
+        truncation=data.truncation,
+        special_tokens=data.special_tokens,
         labels=experiment.task.labels,
     ).examples

@@ -28,6 +28,7 @@ from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel
 from finetuning.checkpoints import write_atomically
 from finetuning.export import export_adapter
+from finetuning.tokenization_report import TokenizationReport
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
 from server.budget import ServerBooks
@@ -51,11 +52,12 @@ class RunDirectory:
         resume: bool = False,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         books: ServerBooks | None = None,
+        records: Mapping[str, TokenizationReport] | None = None,
     ) -> None:
         """Create the folder and store the configuration; with `resume`, open the folder of a run that was interrupted.
 
         `books` are those of the server's ledger, for client-level privacy; None keeps it in the run directory, so that
-        it ends with the run.
+        it ends with the run. `records`, of simulated sites alone, go into the summary.
 
         Raises:
             ConfigError: the folder exists and is not empty; or it is to be resumed and holds no run, another
@@ -68,6 +70,7 @@ class RunDirectory:
         self.run = path.name
         self.books = books or ServerBooks(path / "server", experiment.federation.server_budget)
         self._experiment = experiment
+        self._records = records
         self._base_digest = base_digest
         self._started = now()
         if resume:
@@ -146,6 +149,7 @@ class RunDirectory:
             started=self._started,
             status=status,
             error=error,
+            records=self._records,
         )
 
     def _write_summary(self, status: str, error: str) -> None:

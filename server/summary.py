@@ -10,6 +10,7 @@ from typing import Any
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, LocalPrivacy, NoPrivacy, Privacy, local_privacy
+from finetuning.tokenization_report import TokenizationReport
 from protocol.instructions import PrivacyStatement
 from server.events import (
     Evaluated,
@@ -43,8 +44,12 @@ def summarize(
     started: datetime,
     status: str,
     error: str = "",
+    records: Mapping[str, TokenizationReport] | None = None,
 ) -> dict[str, Any]:
-    """Return the summary of a run, finished or failed, as plain JSON values."""
+    """Return the summary of a run, finished or failed, as plain JSON values.
+
+    `records` says what became of each simulated site's rows; None where sites are real.
+    """
     first = next((event for event in events if isinstance(event, RunStarted)), None)
     finished = next((event for event in events if isinstance(event, RunFinished)), None)
     rounds: list[dict[str, Any]] = _rounds(events)
@@ -68,6 +73,7 @@ def summarize(
         "sites": {
             name: site | ({"bytes": dict(_WITHHELD)} if withheld else {}) for name, site in _sites(events).items()
         },
+        "records": None if records is None else {name: report.counts() for name, report in records.items()},
         "rounds": rounds,
         "final": _final(events),
         "bytes": dict(_WITHHELD)

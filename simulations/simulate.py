@@ -81,6 +81,7 @@ def simulate(
         waits_forever=in_process,
         personal=personal_models(experiment, path.name, sites.values()),
         resume=resume,
+        records={name: site.tokenization for name, site in sites.items() if site.tokenization is not None},
     )
     if experiment.runtime.kind == "ray":
         from simulations.ray_engine import run_on_ray

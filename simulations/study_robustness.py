@@ -23,6 +23,7 @@ from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import collate, tokenize_rows
 from finetuning.datasets import Row
 from finetuning.models import load_base
+from finetuning.tokenizing import sequence_bound
 from protocol.errors import ConfigError
 from simulations.attacks import AttackedPopulation, attack_named, triggered
 from simulations.population import Population, build_population
@@ -234,8 +235,9 @@ def backdoor_success(experiment: Experiment, run: Path, heldout: Sequence[Row]) 
         rows,
         experiment.data.columns,
         adapted.base.tokenizer,
-        max_length=adapted.base.context,
+        max_length=sequence_bound(None, adapted.base.tokenizer, adapted.base.context),
         train_on=experiment.data.train_on,
+        special_tokens=experiment.data.special_tokens,
         labels=experiment.task.labels,
     ).examples
     adapted.network.eval()

@@ -187,6 +187,11 @@ class DataConfig(Frozen):
         default="truncate",
         description="longer sequences: keep their start (counted and reported), or stop with an error",
     )
+    special_tokens: Literal["text", "parsed"] = Field(
+        default="text",
+        description="what a string such as </s> inside a record is: text like any other (counted and reported), or "
+        "parsed as the model's own special token, for records that were rendered by a chat template",
+    )
     max_records: PositiveInt | None = Field(
         default=None, description="use at most this many records of the source, drawn with the seed; null: all"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conf.schema.data import Columns, LabelledColumns, TextColumns
+from conf.schema.data import Columns, LabelledColumns, PromptCompletionColumns, TextColumns
 from conf.schema.federation import AdamW, LocalTraining
 from conf.schema.model import LoRA, Model
 from conf.schema.privacy import ExampleLevel, NoPrivacy
@@ -117,3 +117,20 @@ def test_an_encoder_learns_to_classify(
     assert accuracy(before) < 1.6 / classes, "the head should know nothing yet"
     assert accuracy(after) > accuracy(before) + gained
     assert after.loss < before.loss
+
+
+def test_a_completion_costs_a_language_model_what_its_text_costs(shared_data: Path) -> None:
+    """Tokenized apart from its prompt, the completion began with a space, and cost 31 nats instead of 9."""
+    task = CausalLM()
+    base = load_base(Model(path=str(shared_data / "stories260k")), task, "cpu")
+    adapted = attach(base, LoRA(rank=1), task)
+    adapted.load(adapted.initial(0))
+    row = {"prompt": "Once upon a time", "completion": ", there was a cat."}
+    (only,) = examples(adapted, [row], PromptCompletionColumns(), task)
+    learned = base.tokenizer.convert_ids_to_tokens(only.input_ids[only.trained].tolist())
+    assert learned == [",", "▁there", "▁was", "▁a", "▁c", "at", ".", "</s>"]
+    trained = only.trained.copy()
+    trained[-1] = False  # what follows the sentence is another matter
+    quality = evaluate(adapted, [Example(only.input_ids, trained)], build_objective(task), micro_batch_tokens=TOKENS)
+    assert quality.units == 7
+    assert quality.loss * 7 < 10

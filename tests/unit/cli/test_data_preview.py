@@ -6,14 +6,25 @@ from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console, RenderableType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from cli.data import app, length_histogram, percentile, rendered_example, rendered_holdings, rendered_legend
-from conf.schema.data import DataConfig
+from cli.data import (
+    _decoded_runs,
+    app,
+    hidden_tokens,
+    length_histogram,
+    percentile,
+    rendered_example,
+    rendered_holdings,
+    rendered_legend,
+)
+from conf.schema.data import DataConfig, PromptCompletionColumns
+from finetuning.batches import Example, tokenize_rows
 from protocol.errors import DataError
 
 
@@ -99,6 +110,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     compose, loading = ModuleType("conf.compose"), ModuleType("finetuning.models")
     compose.compose_experiment = compose_experiment  # type: ignore[attr-defined]
     loading.load_tokenizer = lambda model: byte_tokenizer()  # type: ignore[attr-defined]
+    loading.stated_context = lambda model: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "conf.compose", compose)
     monkeypatch.setitem(sys.modules, "finetuning.models", loading)
     return asked
@@ -140,3 +152,45 @@ def test_importing_the_command_imports_no_torch() -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    words = ["<s>", "</s>", "▁", ",", "▁once", "▁there", *"abcdefghijklmnopqrstuvwxyz</>"]
+    backend = Tokenizer(models.Unigram([(word, -float(len(words) - len(word))) for word in words], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_tokens_are_named_where_their_text_hides_them() -> None:
+    tokenizer = sentencepiece()
+    ids = {piece: tokenizer.convert_tokens_to_ids(piece) for piece in ("<s>", "▁once", ",", "▁", "▁there", "</s>")}
+
+    def of(*learned: str) -> Example:
+        run = [*map(ids.__getitem__, ("<s>", "▁once", *learned, "</s>"))]
+        return Example(np.array(run, dtype=np.int32), np.arange(len(run)) > 1)
+
+    joint, apart = of(",", "▁there"), of("▁", ",", "▁there")
+    assert hidden_tokens(joint, tokenizer) == [f"learned tokens: ,={ids[',']} ▁there={ids['▁there']}"]
+    assert _decoded_runs(joint, tokenizer)[1] == (", there</s>", True)
+    assert _decoded_runs(apart, tokenizer)[1] == (" , there</s>", True), "the space that would be learned shows"
+
+
+def test_special_letters_are_told_from_the_special_token() -> None:
+    rows = [{"prompt": "q", "completion": "a</s>"}, {"prompt": "q", "completion": "a"}]
+    tokenizer = byte_tokenizer()
+    literal, plain = tokenize_rows(rows, PromptCompletionColumns(), tokenizer, max_length=None).examples
+    assert hidden_tokens(plain, tokenizer) == []
+    (line,) = hidden_tokens(literal, tokenizer)
+    assert [each.split("=")[0] for each in line.removeprefix("learned tokens: ").split()] == [*"a</s>"]
+    assert "learned tokens: a=" in shown(rendered_example("e", [("q", False)], [line]))
+
+
+def test_a_long_run_is_named_around_what_is_hidden() -> None:
+    row = {"prompt": "q", "completion": "a" * 30 + "</s>" + "b" * 30}
+    tokenizer = byte_tokenizer()
+    only = tokenize_rows([row], PromptCompletionColumns(), tokenizer, max_length=None).examples[0]
+    (line,) = hidden_tokens(only, tokenizer)
+    assert line.startswith("learned tokens: ... a=")
+    assert line.endswith(" ...")
+    assert len(line.split()) == 2 + 16 + 2

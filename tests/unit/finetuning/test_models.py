@@ -1,6 +1,7 @@
 """Finding, loading, freezing and identifying a base model."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import (
 from conf.schema.model import Model
 from conf.schema.task import CausalLM, Classification
 from finetuning import models
-from finetuning.models import base_digest, load_base, load_tokenizer, pick_device
+from finetuning.models import base_digest, load_base, load_tokenizer, pick_device, stated_context
 from protocol.errors import ModelError
 
 CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2")
@@ -271,3 +272,32 @@ def test_padding_positions_of_roberta_are_not_context(tiny_model: TinyModel) -> 
         base.network(input_ids=torch.full((1, 64), 9))
         with pytest.raises((IndexError, RuntimeError), match="index"):
             base.network(input_ids=torch.full((1, 65), 9))
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, *ENCODERS])
+def test_the_context_can_be_read_without_the_weights(family: str, tiny_model: TinyModel) -> None:
+    model = Model(path=str(tiny_model(family)))
+    task = LABELS if family in ENCODERS else CausalLM()
+    assert stated_context(model) == load_base(model, task, "cpu").context == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"model_type": "gemma3", "text_config": {"max_position_embeddings": 48}}, 48),
+        ({"model_type": "mpt", "max_seq_len": 48}, 48),
+        ({"model_type": "mamba"}, None),
+    ],
+)
+def test_where_a_context_is_stated(
+    config: dict[str, object], context: int | None, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stated_context(Model(path=str(tmp_path))) == context
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"the configuration in .* cannot be read"):
+        stated_context(Model(path=str(tmp_path)))
