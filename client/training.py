@@ -21,6 +21,7 @@ from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.memory import examples_that_fit
 from finetuning.tasks.build import build_objective
+from finetuning.tokenizing import sequence_bound
 from privacy.example_level import NativeGradients, OpacusGradients
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
@@ -200,9 +201,13 @@ def round_rule(
 
 
 def longest_record(adapted: AdaptedModel, file: SiteFile) -> int | None:
-    """Return the public bound on a record's tokens, or None where neither the site's file nor the model sets one."""
-    bounds = [bound for bound in (file.data.max_length, adapted.base.context) if bound is not None]
-    return min(bounds, default=None)
+    """Return the public bound on a record's tokens, or None where neither the site's file nor the model sets one.
+
+    Raises:
+        DataError: the site's file asks for more than the model takes.
+    """
+    base = adapted.base
+    return sequence_bound(file.data.max_length, base.tokenizer, base.context)
 
 
 def _row_check(job: TrainingJob, rule: GradientRule) -> RowCheck | None:

@@ -6,9 +6,9 @@
 
 Each figure is a median over paired steps that take turns, so that a busy machine slows all alike. Each pads as it does
 in use: the plain step to the longest record of a micro-batch, the private ones by each record's own length (decision
-0016), and `one_by_one` not at all. On a CPU time is processor time of one thread; memory is the peak above the loaded model, each mode in a
-process of its own, forked from one that has loaded the model. How many steps are taken follows from `--seconds`, so
-that the CPU table takes about ten minutes on two cores. Nothing here is a test.
+0016), and `one_by_one` not at all. On a CPU time is processor time of one thread; memory is the peak above the loaded
+model, each mode in a process of its own, forked from one that has loaded the model. How many steps are taken follows
+from `--seconds`, so that the CPU table takes about ten minutes on two cores. Nothing here is a test.
 
 ==========  ===========================================================================================
 none        ordinary LoRA training: no clipping, no noise
