@@ -53,8 +53,9 @@ def test_a_short_bound_is_found() -> None:
 
 
 def test_hypothesis_has_no_deadline() -> None:
-    assert settings.default.deadline is None
-    assert HealthCheck.too_slow in settings.default.suppress_health_check
+    profile = settings()
+    assert profile.deadline is None
+    assert HealthCheck.too_slow in profile.suppress_health_check
     for path in FILES:
         source = (TESTS / path).read_text()
         assert all(each == "None" for each in re.findall(r"\bdeadline=(\w+)", source)), path

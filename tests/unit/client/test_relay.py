@@ -37,7 +37,7 @@ def die(connection: socket.socket, _: threading.Event) -> None:
     receive_frame(connection, 1 << 20)
 
 
-def answer_after_a_while(connection: socket.socket, _: threading.Event) -> None:
+def answer_after_a_while(connection: socket.socket, over: threading.Event) -> None:
     receive_frame(connection, 1 << 20)
     for _ in range(6):
         send_frame(connection, ALIVE)
