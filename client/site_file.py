@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from conf.plain_yaml import problems_of, read_yaml
 from conf.schema.site import SiteFile, SiteNode
 from protocol.errors import ConfigError
 
@@ -24,11 +25,11 @@ def read_site_file(path: Path) -> SiteFile:
     if not path.is_file():
         raise ConfigError(f"site file {path} does not exist; a site without its own file allows nothing")
     try:
-        return SiteFile.model_validate(yaml.safe_load(path.read_text()))
+        return SiteFile.model_validate(read_yaml(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"site file {path} is no YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"  - {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [f"  - {problem}" for problem in problems_of(error)]
         raise ConfigError(f"site file {path} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
 
 

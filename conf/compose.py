@@ -1,4 +1,4 @@
-"""Hydra overrides in, one validated `Experiment` out. Hydra and OmegaConf are used here and nowhere else.
+"""Hydra overrides in, one validated `Experiment` out. Only conf.overrides uses Hydra too.
 
 Hydra only *composes* plain YAML; nothing is instantiated. Every problem is reported at once: unknown groups and group
 members before composing, then every unknown key, bad value and broken rule by the frozen models.
@@ -6,23 +6,26 @@ members before composing, then every unknown key, bad value and broken rule by t
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import ValidationError, create_model
 
+from conf.overrides import Given, key_typed_at, quoted_at, read_overrides, sweep_lines, text_typed_at
+from conf.problems import nearest, path_of, sentences
 from conf.schema.experiment import Experiment
 from conf.schema.rules import broken_rules
+from conf.typed import Choices, for_shell
 
 __all__ = ["CONFIG_DIRECTORY", "InvalidConfiguration", "compose_experiment", "parse_experiment", "split_sweep"]
 
@@ -41,26 +44,18 @@ class InvalidConfiguration(ValueError):
 def compose_experiment(overrides: Sequence[str] = ()) -> Experiment:
     """Return the experiment that `conf/config.yaml` and `overrides` make up.
 
+    A text is taken as it was typed: `name=2024_11_30` is that name, though YAML reads a number.
+
     Raises:
-        InvalidConfiguration: naming each wrong path, its value, its bound and the nearest valid name.
+        InvalidConfiguration: naming each wrong path, what was typed, its bound and the nearest valid name.
     """
-    parsed, problems = _parse(overrides)
-    wrong = {id(override): problem for override in parsed if (problem := _unknown_group_member(override))}
-    wrong |= {id(override): problem for override in parsed if (problem := _beside_its_package(override))}
-    problems += wrong.values()
-    usable = [override for override in parsed if id(override) not in wrong and not _chooses_nothing(override)]
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIRECTORY)):
-            composed = compose("config", overrides=list(_forgiving(usable)))
-        tree = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InvalidConfiguration([*problems, str(error).split("\nfull_key")[0]]) from error
-    finally:
-        GlobalHydra.instance().clear()
-    if not isinstance(tree, dict):
-        raise InvalidConfiguration(["conf/config.yaml does not hold a mapping"])
+    given, problems = read_overrides(overrides)
+    wrong = {id(each): problem for each in given if (problem := _unusable(each))}
+    problems |= {each.path: wrong[id(each)] for each in given if id(each) in wrong}
+    usable = [each for each in given if id(each) not in wrong and not _chooses_nothing(each.override)]
+    tree = _without_broken_references(usable, problems)
     tree.pop("experiment", None)  # the group is only a set of overrides; null when none was chosen
-    return _validated(_without_blanks(tree), problems)
+    return _validated(_without_blanks(tree), usable, problems)
 
 
 def parse_experiment(text: str | bytes) -> Experiment:
@@ -72,7 +67,7 @@ def parse_experiment(text: str | bytes) -> Experiment:
     try:
         return Experiment.model_validate_json(text)
     except ValidationError as error:
-        raise InvalidConfiguration([_sentence(problem, {}) for problem in error.errors()]) from error
+        raise InvalidConfiguration(sentences(error, {})) from error
 
 
 def split_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
@@ -83,34 +78,34 @@ def split_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     Raises:
         InvalidConfiguration: naming each override that cannot be read.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    parsed, problems = _parse(overrides)
+    given, unread = read_overrides(overrides)
+    problems, values = list(unread.values()), dict[str, list[str]]()
+    for each in given:
+        try:
+            values[each.override.get_key_element()] = sweep_lines(each)
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise InvalidConfiguration(problems)
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [tuple(job) for batch in batches for job in batch]
+    return list(itertools.product(*values.values()))
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Return the overrides that can be read, and a sentence for each that cannot.
+def _unusable(given: Given) -> str | None:
+    """Say what is wrong with one override alone."""
+    override = given.override
+    if override.is_sweep_override():
+        return _sweep_of_one(given)
+    if override.value() == "???":
+        return f"{given.told} marks a value that is yet to be given; give one, or leave this out"
+    return _unknown_group_member(given) or _beside_its_package(given)
 
-    One at a time: Hydra stops at the first and tells a position in its own grammar, not which override it was.
-    """
-    parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
-    for line in overrides:
-        try:
-            override = parser.parse_override(line)
-        except HydraException:
-            override = None
-        if override is not None and override.key_or_group:
-            parsed.append(override)
-        else:
-            problems.append(
-                f"{line!r} cannot be read as an override; write path.to.key=value, and quote a value that holds "
-                "brackets, braces, commas or an equals sign: \"key='a, b'\""
-            )
-    return parsed, problems
+
+def _sweep_of_one(given: Given) -> str:
+    text = f"{given.told} names several values; to run each, add -m to cloister simulate"
+    if _members(given.override.key_or_group) or not isinstance(given.value, Choices):
+        return text
+    bracketed = for_shell(f"{given.key}=[{given.typed.partition('=')[2]}]")
+    return f"{text}; a list is {bracketed}, one text {given.as_text()}"
 
 
 def _chooses_nothing(override: Override) -> bool:
@@ -118,17 +113,15 @@ def _chooses_nothing(override: Override) -> bool:
     return override.key_or_group == "experiment" and override.value() is None
 
 
-def _unknown_group_member(override: Override) -> str | None:
-    group, choice = override.key_or_group, override.value()
+def _unknown_group_member(given: Given) -> str | None:
+    group, choice = given.override.key_or_group, given.override.value()
     members = _members(group)
-    if override.is_delete() or not members or choice in members or _chooses_nothing(override):
+    if given.override.is_delete() or not members or choice in members or _chooses_nothing(given.override):
         return None
     known = f"choose one of {', '.join(members)}"
     if isinstance(choice, str):
-        return f"{group}={choice} does not exist; {known}{_nearest(choice, members)}"
-    return (
-        f"{override.input_line or group} names no member of the group {group}; {known}, and set its values one by one"
-    )
+        return f"{group}={choice} does not exist; {known}{nearest(choice, members)}"
+    return f"{given.told} names no member of the group {group}; {known}, and set its values one by one"
 
 
 def _members(group: str) -> list[str]:
@@ -136,16 +129,51 @@ def _members(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIRECTORY / group.lstrip("/")).glob("*.yaml"))
 
 
-def _beside_its_package(override: Override) -> str | None:
+def _beside_its_package(given: Given) -> str | None:
     """Say where the settings of a group are, when they are not below the group's own name."""
-    group, dot, rest = override.key_or_group.partition(".")
+    group, dot, rest = given.override.key_or_group.partition(".")
     files = sorted((CONFIG_DIRECTORY / group).glob("*.yaml"))
     found = re.match(r"# @package (?!_global_)(\S+)", files[0].read_text()) if dot and files else None
     if found is None:
         return None
-    line = override.input_line or override.key_or_group
-    value = line.partition("=")[2]
-    return f"{line} is no path: what {group}=NAME chooses is at {found[1]}; use {found[1]}.{rest}={value}"
+    value = given.typed.partition("=")[2]
+    return f"{given.told} is no path: what {group}=NAME chooses is at {found[1]}; use {found[1]}.{rest}={value}"
+
+
+def _without_broken_references(usable: list[Given], problems: dict[tuple[str, ...], str]) -> dict[Any, Any]:
+    """Compose, without the overrides that refer to what is not there; each is a problem and leaves `usable`."""
+    while True:
+        try:
+            return _composed(usable)
+        except OmegaConfBaseException as error:
+            path = tuple(re.split(r"[.\[\]]+", (error.full_key or "").rstrip("]")))
+            wrong = next((each for each in reversed(usable) if path[: len(each.path)] == each.path), None)
+            if wrong is None:
+                raise InvalidConfiguration([*problems.values(), _one_line(error, usable)]) from error
+            reason = str(error).splitlines()[0]
+            problems[wrong.path] = f"{wrong.told}: {reason}; for the text itself write {quoted_at([wrong], path)}"
+            usable.remove(wrong)
+        except HydraException as error:
+            raise InvalidConfiguration([*problems.values(), _one_line(error, usable)]) from error
+
+
+def _composed(usable: Sequence[Given]) -> dict[Any, Any]:
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIRECTORY)):
+            composed = compose("config", overrides=list(_forgiving(each.override for each in usable)))
+        tree = OmegaConf.to_container(composed, resolve=True)
+    finally:
+        GlobalHydra.instance().clear()
+    if not isinstance(tree, dict):
+        raise InvalidConfiguration(["conf/config.yaml does not hold a mapping"])
+    return tree
+
+
+def _one_line(error: Exception, usable: Sequence[Given]) -> str:
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    for each in usable:
+        text = text.replace(f"++{each.line}", each.typed)
+    return text
 
 
 def _forgiving(overrides: Iterable[Override]) -> Iterable[str]:
@@ -183,15 +211,54 @@ def _without_blanks(tree: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _validated(tree: Mapping[Any, Any], problems: list[str]) -> Experiment:
+def _validated(tree: dict[Any, Any], given: Sequence[Given], problems: Mapping[tuple[str, ...], str]) -> Experiment:
     try:
         experiment = Experiment.model_validate(tree)
     except ValidationError as error:
-        found = [line for item in error.errors() for line in _sentence(item, tree).split("\n")]
-        raise InvalidConfiguration([*problems, *found, *_rules_of_valid_groups(tree, error)]) from error
-    if problems:
-        raise InvalidConfiguration(problems)
+        texts = _with_texts_as_typed(tree, error, given)
+        if texts != tree:
+            return _validated(texts, given, problems)
+        found = sentences(error, tree, given, problems)
+        raise InvalidConfiguration([*problems.values(), *found, *_rules_of_valid_groups(tree, error)]) from error
+    found = [*problems.values(), *_numbers_from_booleans(tree, experiment.model_dump())]
+    if found:
+        raise InvalidConfiguration(found)
     return experiment
+
+
+def _with_texts_as_typed(tree: dict[Any, Any], error: ValidationError, given: Sequence[Given]) -> dict[Any, Any]:
+    """Return the tree with what was typed wherever a text is wanted and YAML made a number of it."""
+    changed = deepcopy(tree)
+    for problem in error.errors():
+        value, path = problem["input"], path_of(problem["loc"], tree)
+        if problem["type"] != "string_type" or not isinstance(value, (bool, int, float)):
+            continue
+        if path[-1] == "[key]":
+            inside = _at(changed, path[:-2])
+            inside[key_typed_at(given, path[:-2], value) or value] = inside.pop(value)
+        elif (typed := text_typed_at(given, path, value)) is not None:
+            inside = _at(changed, path[:-1])
+            inside[int(path[-1]) if isinstance(inside, list) else path[-1]] = typed
+    return changed
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    return tree
+
+
+def _numbers_from_booleans(tree: Any, dumped: Any, path: str = "") -> list[str]:
+    """Say where true or false stands for a number: Python would read 1 or 0."""
+    if isinstance(tree, bool) and isinstance(dumped, (int, float)) and not isinstance(dumped, bool):
+        return [f"{path}={str(tree).lower()}: input should be a number, not true or false"]
+    if isinstance(tree, Mapping) and isinstance(dumped, Mapping):
+        pairs = [(f"{path}.{key}" if path else str(key), tree[key], dumped.get(key)) for key in tree]
+    elif isinstance(tree, list) and isinstance(dumped, tuple):
+        pairs = [(f"{path}.{at}", *pair) for at, pair in enumerate(zip(tree, dumped, strict=True))]
+    else:
+        return []
+    return [line for inner, left, right in pairs for line in _numbers_from_booleans(left, right, inner)]
 
 
 def _rules_of_valid_groups(tree: Mapping[Any, Any], error: ValidationError) -> list[str]:
@@ -215,72 +282,3 @@ def _validated_group(name: str, value: Any) -> Any:
         name, group=(Experiment.model_fields[name].rebuild_annotation(), Experiment.model_fields[name])
     )
     return alone.model_validate({"group": value}).__dict__["group"]
-
-
-def _sentence(problem: Any, tree: Mapping[Any, Any]) -> str:
-    location = _without_tags(problem["loc"], tree)
-    path = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"{path} is not a known key{_nearest_key(location, tree)}"
-    if problem["type"] == "missing":
-        return f"{path} is required and has no value; set {path}=..."
-    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        expected = problem.get("ctx", {}).get("expected_tags", "")
-        given = problem.get("ctx", {}).get("tag", "nothing")
-        return f"{path}.kind={given} does not exist; choose one of {expected}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not path:
-        return message  # broken rules across groups, one a line
-    return f"{path}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _without_tags(location: Sequence[str | int], tree: Mapping[Any, Any]) -> list[str]:
-    """Drop from a pydantic location the union tags, which are no part of the path a user writes."""
-    path: list[str] = []
-    node: Any = tree
-    for part in location:
-        if isinstance(node, Mapping) and part not in node and node.get("kind") == part:
-            continue
-        if part in ("tuple[str, ...]", "literal['auto']"):
-            continue
-        path.append(str(part))
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return path
-
-
-def _nearest_key(location: Sequence[str], tree: Mapping[Any, Any]) -> str:
-    known = sorted(_fields_at(location[:-1], tree))
-    return _nearest(location[-1], known) + (f"; known here: {', '.join(known)}" if known else "")
-
-
-def _fields_at(location: Sequence[str], tree: Mapping[Any, Any]) -> set[str]:
-    """Return the names of every field that can stand at a path, in the variants that the tree's `kind`s choose."""
-    models: list[type[BaseModel]] = [Experiment]
-    node: Any = tree
-    for part in location:
-        node = node.get(part) if isinstance(node, Mapping) else None
-        kind = node.get("kind") if isinstance(node, Mapping) else None
-        inner = [
-            variant
-            for model in models
-            if part in model.model_fields
-            for variant in _models_in(model.model_fields[part].annotation)
-        ]
-        chosen = [variant for variant in inner if kind is not None and _kind_of(variant) == kind]
-        models = chosen or inner
-    return {name for model in models for name in model.model_fields}
-
-
-def _kind_of(model: type[BaseModel]) -> Any:
-    return model.model_fields["kind"].default if "kind" in model.model_fields else None
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""

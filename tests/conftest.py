@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
@@ -18,6 +19,9 @@ VOCABULARY, CONTEXT, HIDDEN = 320, 64, 32
 SPECIAL = ("<pad>", "<s>", "</s>", "<cls>", "<sep>", "<unk>")
 CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2")
 ENCODERS = ("bert", "roberta")
+# How fast a machine is decides over no test: hypothesis' deadline and its check of slow data are measured in seconds.
+settings.register_profile("cloister", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cloister")
 CORPUS = (
     "the patient reports a sore throat and fever for three days",
     "mild chest pain on stairs, no known allergies, pulse normal",

@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from conf.plain_yaml import problems_of, read_yaml
 from conf.schema.server import ServerFile
 from protocol.errors import ConfigError
 
@@ -143,11 +144,11 @@ def read_settings(folder: ServerFolder) -> ServerFile:
         ConfigError: it is no YAML, or invalid; every problem is named.
     """
     try:
-        return ServerFile.model_validate(yaml.safe_load(folder.settings.read_text()))
+        return ServerFile.model_validate(read_yaml(folder.settings.read_text()))
     except (yaml.YAMLError, OSError) as error:
         raise ConfigError(f"{folder.settings} cannot be read: {error}") from error
     except ValidationError as error:
-        lines = [f"  - {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [f"  - {problem}" for problem in problems_of(error)]
         raise ConfigError(f"{folder.settings} has {len(lines)} problem(s):\n" + "\n".join(lines)) from error
 
 

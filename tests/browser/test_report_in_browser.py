@@ -82,7 +82,7 @@ def browse(tmp_path: Path, page: Path, *options: str) -> str:
     """Return what the browser writes, given a page and what to do with it."""
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = [str(BROWSER), *OPTIONS, profile, *options, page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
 
 
 def pixels(path: Path) -> np.ndarray:

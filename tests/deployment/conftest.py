@@ -52,7 +52,7 @@ class FlowerProcesses:
             )
         self._started.append(process)
 
-    def flwr_run(self, name: str, run_config: dict[str, str], *arguments: str, timeout_s: float = 240) -> None:
+    def flwr_run(self, name: str, run_config: dict[str, str], *arguments: str, timeout_s: float = 1800) -> None:
         """Run `flwr run` on the project and wait for the end of the run."""
         config = self.folder / f"{name}.toml"
         config.write_text("".join(f"{key} = '''{value}'''\n" for key, value in run_config.items()))
@@ -71,9 +71,9 @@ class FlowerProcesses:
             f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "{address}"\ninsecure = true\n'
         )
         self.start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
-            with suppress(URLError, ConnectionError, TimeoutError), urlopen(f"http://{address}/health", timeout=2):
+            with suppress(URLError, ConnectionError, TimeoutError), urlopen(f"http://{address}/health", timeout=60):
                 return address
             time.sleep(0.2)
         pytest.fail(f"the SuperLink did not come up\n{self.logs()}")
@@ -105,7 +105,7 @@ class FlowerProcesses:
     def stop(self) -> None:
         """End every process of this test: those started here, and those that they started."""
         for chosen in (signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + 8
+            deadline = time.monotonic() + 60
             while (alive := self.alive()) and time.monotonic() < deadline:
                 for process in alive:
                     with suppress(ProcessLookupError, PermissionError):

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,48 @@ from .quick_runs import QUICK
 SLOW = "eastfield"
 OVERRIDES = (
     *QUICK,
-    "federation.reply_timeout_s=8",
     f"data.partition.sites=[{SLOW},harbor]",
 )
+
+
+class Deadline:
+    """Stands for `threading.Timer`: time is up when the test says so, and not by any clock."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._owed = threading.Lock(), list["Deadline.Timer"](), False
+
+    def is_up(self) -> None:
+        """Let time be up for what waits, or for the next one that does."""
+        with self._lock:
+            running, self._running = self._running, []
+            self._owed = not running
+        for timer in running:
+            timer.action()
+
+    class Timer:
+        daemon = True
+
+        def __init__(self, owner: "Deadline", action: Callable[[], None]) -> None:
+            self.owner, self.action = owner, action
+
+        def start(self) -> None:
+            with self.owner._lock:
+                owed, self.owner._owed = self.owner._owed, False
+                if not owed:
+                    self.owner._running.append(self)
+            if owed:
+                self.action()
+
+        def cancel(self) -> None:
+            with self.owner._lock:
+                self.owner._running = [each for each in self.owner._running if each is not self]
+
+
+@pytest.fixture
+def deadline(monkeypatch: pytest.MonkeyPatch) -> Deadline:
+    made = Deadline()
+    monkeypatch.setattr(threading, "Timer", lambda _, action: Deadline.Timer(made, action))
+    return made
 
 
 class SlowUpload(InProcessGrid):
@@ -39,6 +78,7 @@ class SlowUpload(InProcessGrid):
         self._one_at_a_time = threading.Lock()
         self._slow: set[str] = set()
         self.instructions: list[Instruction] = []
+        self.hangs: Callable[[], None] = lambda: None
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         sent = list(messages)
@@ -54,6 +94,7 @@ class SlowUpload(InProcessGrid):
         identifiers = list(message_ids)
         if self._slow & set(identifiers):
             # It must not go on to train later: the base model is shared with the tests that come after.
+            self.hangs()
             self._stuck.wait()
             return []
         with self._one_at_a_time:
@@ -84,13 +125,19 @@ def grid_of(sites: list[Site], stuck: threading.Event) -> SlowUpload:
 
 
 def test_a_slow_upload_holds_up_nobody_and_its_site_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, stuck: threading.Event
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stuck: threading.Event, deadline: Deadline
 ) -> None:
     sites = sites_of(tmp_path)
     grid = grid_of(sites, stuck)
     observed: list[Any] = []
     experiment = compose_experiment(OVERRIDES)
-    launch = Launch(experiment, tmp_path / "run", (observed.append,), (), expected_sites=2, pullers=2)
+
+    def observe(event: Any) -> None:
+        observed.append(event)
+        if event.kind == "site_replied" and event.accepted and event.round == 1:
+            deadline.is_up()
+
+    launch = Launch(experiment, tmp_path / "run", (observe,), (), expected_sites=2, pullers=2)
     with caplog.at_level(logging.WARNING, logger="client.rounds"):
         serve(grid, launch)
     replies = {(each.round, each.site): (each.accepted, each.code) for each in observed if each.kind == "site_replied"}
@@ -115,7 +162,7 @@ def test_a_slow_upload_holds_up_no_buffer(tmp_path: Path, stuck: threading.Event
     assert len(grid.instructions) == 1
 
 
-def test_what_is_pulled_after_a_deadline_comes_before_the_next_one(stuck: threading.Event) -> None:
+def test_what_is_pulled_after_a_deadline_comes_before_the_next_one(stuck: threading.Event, deadline: Deadline) -> None:
     class Slow:
         def pull_messages(self, message_ids: Iterable[str]) -> list[str]:
             (identifier,) = message_ids
@@ -126,19 +173,24 @@ def test_what_is_pulled_after_a_deadline_comes_before_the_next_one(stuck: thread
     grid: Any = Slow()
     threads = Pullers(grid, 2)
     threads.ask(["slow", "quick"])
-    assert list(threads.until(1.0)) == [("quick", "reply to quick")]
+    first: list[Any] = []
+    for arrival in threads.until(1.0):
+        first.append(arrival)
+        deadline.is_up()
+    assert first == [("quick", "reply to quick")]
     stuck.set()
     threads.ask(["third"])
     assert sorted(threads.until(30.0)) == [("slow", "reply to slow"), ("third", "reply to third")]
     threads.close()
 
 
-def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path, stuck: threading.Event) -> None:
+def test_no_valid_reply_at_all_fails_loudly(tmp_path: Path, stuck: threading.Event, deadline: Deadline) -> None:
     sites = [site for site in sites_of(tmp_path) if site.file.name == SLOW]
-    experiment = compose_experiment([*OVERRIDES, "federation.reply_timeout_s=2"])
+    grid, experiment = grid_of(sites, stuck), compose_experiment(OVERRIDES)
+    grid.hangs = deadline.is_up
     launch = Launch(experiment, tmp_path / "run", (), (), expected_sites=1, pullers=1)
     with pytest.raises(FederationError, match=r"round 1 has 0 valid replies and 1 others, federation.min_replies=1"):
-        serve(grid_of(sites, stuck), launch)
+        serve(grid, launch)
     assert not (tmp_path / "run" / "adapter").exists()
 
 
@@ -159,5 +211,5 @@ def test_what_breaks_in_a_puller_is_raised_and_no_thread_outlives_the_round() ->
     grid = Silent()
     assert list(arrivals(grid, ["a"], timeout_s=0.05, pullers=1, clock=lambda: 0.0, sleep=lambda _: None)) == []
     for thread in set(threading.enumerate()) - before:
-        thread.join(5)
+        thread.join(600)
         assert not thread.is_alive()

@@ -102,7 +102,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_killed_run_goes_on_to_the_same_adapter(point: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
     died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), point, *OVERRIDES], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", KILLED, str(path), point, *OVERRIDES], capture_output=True, text=True, timeout=1800
     )
     assert died.returncode == -9, died.stderr[-2000:]
     assert not (path / "summary.json").exists()
@@ -129,7 +129,7 @@ def test_a_run_killed_after_its_last_round_leaves_its_summary_when_resumed(
 ) -> None:
     path = tmp_path / "run"
     died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), point, *OVERRIDES], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", KILLED, str(path), point, *OVERRIDES], capture_output=True, text=True, timeout=1800
     )
     assert died.returncode == -9, died.stderr[-2000:]
     assert not (path / "report.html").exists()
@@ -167,7 +167,7 @@ def test_encoded_changes_go_on_too(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(path), "while sites train", *overrides],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1800,
     )
     assert died.returncode == -9, died.stderr[-2000:]
     resumed = simulate(compose_experiment(overrides), path, resume=True).summary
@@ -193,7 +193,7 @@ def test_the_servers_own_noise_goes_on_too(privacy: tuple[str, ...], point: str,
     overrides = (*CLIENT_LEVEL, *privacy)
     path = tmp_path / "first" / "run"
     died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), point, *overrides], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", KILLED, str(path), point, *overrides], capture_output=True, text=True, timeout=1800
     )
     assert died.returncode == -9, died.stderr[-2000:]
     released = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -82,7 +82,7 @@ def test_a_superexec_without_the_secret_gets_no_work(machine: Machine, server: S
     command[command.index(str(server.folder.secret))] = str(wrong)
     before = _turned_away(server)
     machine.start("thief", *command)
-    machine.wait("a refusal", lambda: _turned_away(server) > before, 60)
+    machine.wait("a refusal", lambda: _turned_away(server) > before)
     machine.kill("thief")
 
 
@@ -94,8 +94,8 @@ def test_a_superlink_that_was_killed_comes_back_with_its_nodes(machine: Machine,
     (superlink,) = machine.processes("flower-superlink")
     os.kill(superlink, signal.SIGKILL)
     time.sleep(0.5)
-    machine.wait("another SuperLink", lambda: machine.processes("flower-superlink") not in ([], [superlink]), 30)
-    machine.wait("it to answer", lambda: "1 registered" in server.check().stdout, 60, poll_s=1)
+    machine.wait("another SuperLink", lambda: machine.processes("flower-superlink") not in ([], [superlink]))
+    machine.wait("it to answer", lambda: "1 registered" in server.check().stdout, poll_s=1)
 
 
 def _turned_away(server: Server) -> int:

@@ -20,7 +20,7 @@ QUICK = [
 def cloister(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "100", "TERM": "dumb"}
     return subprocess.run(
-        [CLOISTER, *arguments], cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=300
+        [CLOISTER, *arguments], cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=1800
     )
 
 

@@ -284,7 +284,7 @@ def slow_desk(desk_of: Make) -> SlowDesk:
 
     def slow(instruction: Instruction) -> Reply:
         began.set()
-        assert go_on.wait(60)
+        assert go_on.wait(600)
         return handle(instruction)
 
     site.handle = slow
@@ -302,14 +302,14 @@ def test_the_same_question_in_the_middle_of_its_work_waits_for_the_answer(
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, desk, asked)
         try:
-            assert began.wait(60)
+            assert began.wait(600)
             assert code(ask(desk, instruct(small(), run="other"))) == "busy"
             second = pool.submit(ask, desk, resumed)
-            wait([second], timeout=1)
+            wait([second], timeout=1)  # nothing may come meanwhile
             assert not second.done(), code(second.result())
         finally:
             go_on.set()
-        once, again = first.result(60), second.result(60)
+        once, again = first.result(600), second.result(600)
     assert once.header.status == "trained"
     assert once.header == again.header, "one training, one charge"
     assert all(torch.equal(once.tensors[name], again.tensors[name]) for name in once.tensors)
@@ -319,11 +319,11 @@ def test_whoever_waits_for_an_answer_is_told_of_a_stop(slow_desk: SlowDesk, smal
     desk, began, go_on = slow_desk
     with ThreadPoolExecutor(2) as pool:
         pool.submit(ask, desk, instruct(small()))
-        assert began.wait(60)
+        assert began.wait(600)
         second = pool.submit(ask, desk, instruct(small()))
         try:
             assert not desk.stop(0.0)
-            assert code(second.result(60)) == "stopping"
+            assert code(second.result(600)) == "stopping"
         finally:
             go_on.set()
 

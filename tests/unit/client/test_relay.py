@@ -18,19 +18,19 @@ QUIET_S = 0.2
 
 def hang(_: socket.socket, over: threading.Event) -> None:
     """Accept, and do nothing: not even read."""
-    over.wait(30)
+    over.wait()
 
 
 def hang_after_alive(connection: socket.socket, over: threading.Event) -> None:
     receive_frame(connection, 1 << 20)
     send_frame(connection, ALIVE)
-    over.wait(30)
+    over.wait()
 
 
 def hang_in_the_answer(connection: socket.socket, over: threading.Event) -> None:
     receive_frame(connection, 1 << 20)
     connection.sendall((1000).to_bytes(8, "big") + b"half")
-    over.wait(30)
+    over.wait()
 
 
 def die(connection: socket.socket, _: threading.Event) -> None:
@@ -39,9 +39,8 @@ def die(connection: socket.socket, _: threading.Event) -> None:
 
 def answer_after_a_while(connection: socket.socket, over: threading.Event) -> None:
     receive_frame(connection, 1 << 20)
-    for _ in range(6):  # together longer than the silence that is allowed
+    for _ in range(6):
         send_frame(connection, ALIVE)
-        over.wait(QUIET_S / 2)
     send_frame(connection, encode_frame("answer", refusal_record("busy", "harbor")))
 
 
@@ -67,7 +66,7 @@ def site(tmp_path: Path) -> Iterator[Callable[[Behave], Path]]:
         yield start
         over.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(600)
             assert not thread.is_alive()
 
 
@@ -80,10 +79,19 @@ def test_a_process_that_hangs_is_silent(behave: Behave, site: Callable[[Behave],
 
 def test_a_process_that_ends_is_down(site: Callable[[Behave], Path]) -> None:
     with pytest.raises(SiteRefusal, match="ended before it answered") as refused:
-        relay(site(die), "train", RecordDict(), silence_s=10)
+        relay(site(die), "train", RecordDict(), silence_s=600)
     assert refused.value.code == "site_down"
 
 
-def test_a_process_at_work_is_waited_for(site: Callable[[Behave], Path]) -> None:
-    answer = relay(site(answer_after_a_while), "train", RecordDict(), silence_s=2 * QUIET_S)
+def test_a_process_at_work_is_waited_for(site: Callable[[Behave], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each word that it is alive starts the silence that is allowed anew."""
+    allowed: list[float | None] = []
+
+    def receive(connection: socket.socket, most: int) -> bytes | None:
+        allowed.append(connection.gettimeout())
+        return receive_frame(connection, most)
+
+    monkeypatch.setattr("client.relay.receive_frame", receive)
+    answer = relay(site(answer_after_a_while), "train", RecordDict(), silence_s=600)
     assert '"code": "busy"' in str(answer.config_records["cloister"]["json"])
+    assert allowed == [600] * 7

@@ -104,7 +104,7 @@ import time
 from simulations.study_lines import work_through
 
 if __name__ == "__main__":
-    list(work_through([600, 600], time.sleep, 2))
+    list(work_through([86400, 86400], time.sleep, 2))
 """
 
 
@@ -113,9 +113,10 @@ def test_no_process_outlives_a_study_that_was_killed(tmp_path: Path) -> None:
     script.write_text(STUDY)
     study = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
     try:
-        waited(lambda: len(session_of(study.pid)) >= 3)  # the study, and two that work
+        waited(lambda: study.poll() is not None or len(session_of(study.pid)) >= 3)  # the study, and two that work
+        assert study.poll() is None
         study.kill()
-        study.wait()
+        study.wait(600)
         waited(lambda: not session_of(study.pid))
     finally:
         with suppress(ProcessLookupError):
@@ -135,7 +136,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def waited(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -90,14 +90,14 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     data, log = folder / "data", folder / "log"
 
     def run(*command: str) -> None:
-        subprocess.run([*other, *command], check=True, capture_output=True, cwd=folder, timeout=120)
+        subprocess.run([*other, *command], check=True, capture_output=True, cwd=folder, timeout=600)
 
     try:
         run(str(binaries / "initdb"), "-D", str(data), "-U", "cloister", "-A", "trust", "-E", "UTF8", "--no-locale")
         options = f"-k {folder} -c listen_addresses='' -c synchronous_commit=off"
         start = [str(binaries / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(log), "-w", "start"]
         # Not captured: the server inherits the pipes and would hold them open.
-        subprocess.run([*other, *start], check=True, cwd=folder, timeout=120, stdout=subprocess.DEVNULL)
+        subprocess.run([*other, *start], check=True, cwd=folder, timeout=600, stdout=subprocess.DEVNULL)
         yield folder
     finally:
         if (data / "postmaster.pid").exists():

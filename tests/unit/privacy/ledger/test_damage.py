@@ -22,7 +22,10 @@ from protocol.errors import CloisterError, PrivacyError
 
 STEP = SubsampledGaussian(0.05, 1.0, 10)
 RECORDED = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -168,20 +168,20 @@ def test_the_head_is_noted_before_another_writer_may_write(path, key, tmp_path) 
             if slow:
                 slow.clear()
                 entered.set()
-                go.wait(20)
+                go.wait(600)
             super()._note_head(entries)
 
     journals = [Slow(path, key, head_file=head) for _ in range(2)]
     writers = [threading.Thread(target=each.set_budget, args=(Budget(1.0, 1e-5), "")) for each in journals]
     writers[0].start()
-    assert entered.wait(20)
+    assert entered.wait(600)
     writers[1].start()
-    writers[1].join(0.3)
+    writers[1].join(0.3)  # nothing may come meanwhile
     with journals[0].reading() as (_, entries):
         assert len(entries) == 1, "the second waits, although the first has committed"
     go.set()
     for writer in writers:
-        writer.join(20)
+        writer.join(600)
     with journals[0].reading() as (_, entries):
         assert [head.read_text().strip()] == [entries[-1].hash]
         assert len(entries) == 2

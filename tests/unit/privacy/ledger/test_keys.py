@@ -74,7 +74,7 @@ def test_nothing_of_a_key_is_printed() -> None:
 
 
 def make_keys(folder: Path, gate: object, outcomes: object) -> None:
-    gate.wait(60)  # type: ignore[attr-defined]
+    gate.wait(600)  # type: ignore[attr-defined]
     keys = load_or_create_keys(folder)
     outcomes.put((keys.signing.key_id, keys.secret))  # type: ignore[attr-defined]
 
@@ -86,6 +86,6 @@ def test_processes_that_make_keys_at_once_agree(tmp_path: Path) -> None:
     processes = [context.Process(target=make_keys, args=(tmp_path, gate, outcomes)) for _ in range(4)]
     for process in processes:
         process.start()
-    assert len({outcomes.get(timeout=60) for _ in processes}) == 1
+    assert len({outcomes.get(timeout=600) for _ in processes}) == 1
     for process in processes:
-        process.join(60)
+        process.join(600)

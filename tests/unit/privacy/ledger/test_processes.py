@@ -82,7 +82,7 @@ def release(processes: list[subprocess.Popen[str]]) -> list[str]:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    return [process.communicate(timeout=120)[0].strip() for process in processes]
+    return [process.communicate(timeout=600)[0].strip() for process in processes]
 
 
 @pytest.mark.slow

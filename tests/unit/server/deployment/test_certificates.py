@@ -81,7 +81,7 @@ def test_openssl_agrees(made: ServerFolder, settings: ServerFile, name: str, acc
             else:
                 with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
                     ours.wrap_socket(plain, server_hostname=name)
-        thread.join(5)
+        thread.join(600)
 
 
 def _serve_one(listener: socket.socket, context: ssl.SSLContext) -> None:

@@ -26,7 +26,8 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def norm(update: NamedTensors) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in update.values()))
+    """The norm without rounding but the last: the order of a sum must not decide a comparison."""
+    return math.sqrt(math.fsum(float(value) ** 2 for tensor in update.values() for value in tensor.flatten()))
 
 
 def sent_by(strategy: Strategy, start: NamedTensors, after: NamedTensors) -> NamedTensors:
