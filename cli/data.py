@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "app",
     "length_histogram",
+    "people_sentence",
     "percentile",
     "preview",
     "rendered_example",
@@ -92,6 +93,8 @@ def preview(
     console.print(Text(f"{where}: {sizes}", style="bold"))
     for sentence in tokenized.report.sentences():
         console.print(Text(f"  {sentence}"))
+    if config.user_column is not None:
+        console.print(Text(f"  {people_sentence(train, config.user_column)}"), soft_wrap=True)
     console.print(length_histogram([len(example) for example in tokenized.examples]))
     column = _telling_column(config)
     held = who_holds_what(population.parts, column)
@@ -108,6 +111,17 @@ def rendered_example(title: str, runs: Iterable[tuple[str, bool]]) -> Renderable
         shown = f"⟦{_printable(text)}⟧" if learned else _printable(text)
         body.append(shown, style=_LEARNED if learned else _READ)
     return Panel(body, title=Text(title), title_align="left")
+
+
+def people_sentence(rows: Sequence[Row], column: str) -> str:
+    """Return how many people `column` names, how many spellings are joined, and how many rows name nobody."""
+    from finetuning.datasets import cell
+    from finetuning.people import name_of, people_of
+
+    named = [row for row in rows if name_of(cell(row, column, "data.user_column")) is not None]
+    nobody = len(rows) - len(named)
+    refused = f"; rows that name nobody, which privacy=user_level refuses: {nobody}" if nobody else ""
+    return people_of(named, column).sentence(column) + refused
 
 
 def rendered_legend() -> Text:
