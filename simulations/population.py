@@ -75,8 +75,9 @@ def build_population(experiment: Experiment) -> Population:
         DataError: naming the file, row, column or site that is wrong.
     """
     everything = read_rows(experiment.data.source)
-    if isinstance(local_privacy(experiment.privacy), UserLevel) and experiment.data.user_column is not None:
-        people_of(everything, experiment.data.user_column)  # before the split, which would hide a row from this seed
+    column = experiment.data.user_column
+    if column is not None and isinstance(local_privacy(experiment.privacy), UserLevel):
+        people_of(everything, column)  # before the split: the seed must not decide whether nobody is noticed
     rows, heldout = split_rows(everything, experiment.data, experiment.seed)
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
 
