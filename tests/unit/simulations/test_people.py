@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from conf.schema.privacy import UserLevel
 from privacy.plan import build_plan
 from protocol.errors import DataError
 from protocol.instructions import client_plan
-from simulations.patient import _grouped
+from simulations.patient import admit
 from simulations.population import build_population
 
 SPELLINGS = ["Ann", "ann", "ANN ", "Müller", "Mu\u0308ller", "Ben", "Cleo", "D"]
 
 
-def written(folder: Path, people: list[object], text: str = "a note of some words") -> Path:
+def written(folder: Path, people: Sequence[object], text: str = "a note of some words") -> Path:
     path = folder / "notes.jsonl"
     path.write_text("".join(json.dumps({"person": each, "text": text}) + "\n" for each in people))
     return path
@@ -80,7 +81,7 @@ def test_a_site_counts_and_plans_by_people_and_tells_its_log_once(
     assert told == [told[0]]
     assert told[0].startswith("site site-1: data.user_column='person' names 5 people in 8 spellings: 3 differed")
     # The doctor compares sites that differ in one whole person.
-    assert len(_grouped(rows, UserLevel(noise_multiplier=1.0), "person")) == 5
+    assert len(admit(made, {"site-1": rows}, tmp_path / "doctor").units) == 5
 
 
 def test_a_site_refuses_nobody_also_where_nothing_would_be_learned(tmp_path: Path) -> None:
