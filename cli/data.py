@@ -24,6 +24,7 @@ __all__ = [
     "app",
     "hidden_tokens",
     "length_histogram",
+    "people_sentence",
     "percentile",
     "preview",
     "rendered_example",
@@ -96,6 +97,8 @@ def preview(
     console.print(Text(f"{where}: {sizes}", style="bold"))
     for sentence in tokenized.report.sentences():
         console.print(Text(f"  {sentence}"))
+    if config.user_column is not None:
+        console.print(Text(f"  {people_sentence(train, config.user_column)}"), soft_wrap=True)
     console.print(length_histogram([len(example) for example in tokenized.examples]))
     column = _telling_column(config)
     held = who_holds_what(population.parts, column)
@@ -113,6 +116,17 @@ def rendered_example(title: str, runs: Iterable[tuple[str, bool]], notes: Sequen
         body.append(shown, style=_LEARNED if learned else _READ)
     below = [Text(_printable(note), style="cyan") for note in notes]
     return Panel(Group(body, *below), title=Text(title), title_align="left")
+
+
+def people_sentence(rows: Sequence[Row], column: str) -> str:
+    """Return how many people `column` names, how many spellings are joined, and how many rows name nobody."""
+    from finetuning.datasets import cell
+    from finetuning.people import name_of, people_of
+
+    named = [row for row in rows if name_of(cell(row, column, "data.user_column")) is not None]
+    nobody = len(rows) - len(named)
+    refused = f"; rows that name nobody, which privacy=user_level refuses: {nobody}" if nobody else ""
+    return people_of(named, column).sentence(column) + refused
 
 
 def rendered_legend() -> Text:

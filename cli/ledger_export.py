@@ -62,7 +62,7 @@ def _is_legible(found: Verification) -> bool:
 def _summary(snapshot: Snapshot, found: Verification) -> LedgerSummary:
     if _is_legible(found):
         return summarize(snapshot)
-    return LedgerSummary(None, len(snapshot.entries), found.head, ())
+    return LedgerSummary(None, None, len(snapshot.entries), found.head, ())
 
 
 def _svg(summary: LedgerSummary) -> Markup:

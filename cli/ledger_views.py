@@ -29,7 +29,8 @@ def spending_views(summary: LedgerSummary) -> list[RenderableType]:
         return [Text("no budget yet; run: cloister ledger init")]
     budget = summary.budget
     views: list[RenderableType] = [
-        Text(f"budget   ε={budget.epsilon:g} at δ={budget.delta:.3g}, per {budget.unit}, over all runs")
+        Text(f"budget   ε={budget.epsilon:g} at δ={budget.delta:.3g}, per {budget.unit}, over all runs"),
+        Text(f"relation {summary.relation}"),
     ]
     if not summary.data_sets:
         views.append(Text("nothing is booked"))

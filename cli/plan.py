@@ -98,11 +98,15 @@ def _counts(experiment: Experiment, records: str | None) -> dict[str, int]:
         return {f"site-{number}": int(part) for number, part in enumerate(parts, start=1)}
     from conf.schema.privacy import local_privacy
     from finetuning.datasets import read_rows, split_rows
-    from simulations.partition import partition, published_count, users_of
+    from finetuning.people import people_of, users_of
+    from simulations.partition import partition, published_count
 
-    rows, _ = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
-    sites = partition(rows, experiment.data.partition, experiment.seed)
+    everything = read_rows(experiment.data.source)
     column = experiment.data.user_column if local_privacy(experiment.privacy).kind == "user_level" else None
+    if column is not None:
+        people_of(everything, column)
+    rows, _ = split_rows(everything, experiment.data, experiment.seed)
+    sites = partition(rows, experiment.data.partition, experiment.seed)
     return {name: published_count(users_of(own, column) or len(own)) for name, own in sites.items()}
 
 
@@ -227,6 +231,8 @@ def _print(experiment: Experiment, found: _Forecast) -> None:
     if experiment.privacy.kind == "none":
         console.print("[yellow]privacy=none[/yellow]: nothing is protected, there is no noise and no ε")
     console.print(outlook_table(found.outlooks, _unit(experiment)))
+    for relation in dict.fromkeys(each.relation for each in found.outlooks if each.relation):
+        console.print(f"relation {relation}", soft_wrap=True)
     if len([each for each in found.outlooks if each.label != "federation"]) < found.sites and found.neediest:
         console.print(f"{found.sites} sites in all: one per distinct published count is shown")
     for each in found.problems:

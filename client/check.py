@@ -18,12 +18,11 @@ from client.listening import check_folder
 from client.relay import relay
 from client.site import Site, tokenize_site
 from client.site_file import account_of, socket_path
-from client.units import units_of
 from conf.schema.model import LoRA, Model
-from conf.schema.privacy import UserLevel
 from conf.schema.site import SiteBudget, SiteFile, SiteNode
 from finetuning.adapters import attach
 from finetuning.models import load_base
+from finetuning.people import people_of
 from privacy.ledger.keys import SECRET_FILE, SIGNING_KEY_FILE, load_or_create_keys
 from protocol.cards import CHALLENGE_BYTES
 from protocol.errors import CloisterError, ConfigError
@@ -131,10 +130,13 @@ def _data(file: SiteFile) -> str:
     told = "".join(f"; {sentence}" for sentence in tokenized.report.sentences()[1:])
     if file.published_users is None:
         return f"{count} records fit the schema (a figure for you alone){told}"
-    users = len(units_of(rows, UserLevel(), file.data, b""))
-    if users > file.published_users:
-        raise ConfigError(f"{users} users are more than published_users={file.published_users}; publish more")
-    return f"{count} records of {users} users fit the schema (figures for you alone){told}"
+    if file.data.user_column is None:
+        raise ConfigError("published_users is set, and data.user_column, which names the person of a record, is null")
+    people = people_of(rows, file.data.user_column)
+    if len(people) > file.published_users:
+        raise ConfigError(f"{len(people)} users are more than published_users={file.published_users}; publish more")
+    joined = f"; {people.sentence(file.data.user_column)}" if people.joined else ""
+    return f"{count} records of {len(people)} users fit the schema (figures for you alone){told}{joined}"
 
 
 def _socket(file: SiteFile) -> str:

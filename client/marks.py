@@ -5,21 +5,23 @@ A record's marks are
 * the whole of what is read of it, normalized, and
 * each text of at least `SHORTEST_TEXT` characters in it, normalized: a field, or one message of a conversation.
 
-Normalized is what a reader would call the same words: Unicode NFKC, case folded, and one space in place of everything
-that is neither letter nor digit. Two data sets that share a mark share their spending. A wrongly shared mark counts too
-much, never too little; so that a template or a label does not merge all data of a site, short texts are no marks, nor
-are texts that more than eight records and more than one in a hundred of the data set carry. The whole record is a mark
-whatever it is. A text whose words were changed is another text.
+Normalized is what a reader would call the same words: the spelling in which names of people are compared too
+(`finetuning.spelling`), and one space in place of everything that is neither letter nor digit. Two data sets that share
+a mark share their spending. A wrongly shared mark counts too much, never too little; so that a template or a label does
+not merge all data of a site, short texts are no marks, nor are texts that more than eight records and more than one in
+a hundred of the data set carry. The whole record is a mark whatever it is. A text whose words were changed is another
+text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
+
+from finetuning.spelling import canonical
 
 __all__ = ["SHORTEST_TEXT", "marks_of", "normalized"]
 
@@ -45,11 +47,8 @@ def marks_of(records: Sequence[Mapping[str, object]]) -> frozenset[bytes]:
 
 
 def normalized(text: str) -> str:
-    """Return the words of a text: NFKC, case folded, and one space between them."""
-    folded = (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
-    if not folded.isascii():
-        folded = unicodedata.normalize("NFKC", folded)
-    return _BETWEEN_WORDS.sub(" ", folded).strip()
+    """Return the words of a text in their canonical spelling, and one space between them."""
+    return _BETWEEN_WORDS.sub(" ", canonical(text)).strip()
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -18,13 +18,14 @@ from client.rounds import RoundWork, SiteRecords, answer, rehearse
 from client.site_file import read_site_file
 from client.state import SiteState
 from client.units import Units, units_of
-from conf.schema.privacy import LocalPrivacy
+from conf.schema.privacy import LocalPrivacy, UserLevel
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
+from finetuning.people import People, people_of
 from finetuning.tokenization_report import TokenizationReport
 from finetuning.tokenizing import sequence_bound
 from privacy.plan import PrivacyPlan
@@ -32,7 +33,7 @@ from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
 from protocol.instructions import ClientPlan, Instruction, Reply
 
-__all__ = ["Site", "open_site", "read_site_file"]
+__all__ = ["Site", "kept_rows", "open_site", "read_site_file", "tokenize_site"]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Site:
         self._read = rows or self.read_records
         self._simulated = simulated
         self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
+        self._people: People | None = None
         self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
         if file.runtime.threads is not None:
             torch.set_num_threads(file.runtime.threads)
@@ -150,14 +152,13 @@ class Site:
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         if self._tokenized is None:
             rows = self._read()
-            tokenized = tokenize_site(self.file, rows, adapted)
-            emptied = set(tokenized.report.emptied)
-            self._tokenized = tokenized, [row for number, row in enumerate(rows, start=1) if number not in emptied]
-            self._say(tokenized.report)
-        tokenized, kept = self._tokenized
+            self._tokenized = tokenize_site(self.file, rows, adapted), rows
+            self._say(self._tokenized[0].report)
+        tokenized, rows = self._tokenized
         asked = (privacy, key)
         if asked not in self._units:
-            self._units = {asked: units_of(kept, privacy, self.file.data, key)}
+            self._check_people(rows, privacy)
+            self._units = {asked: units_of(kept_rows(rows, tokenized), privacy, self.file.data, key)}
         return SiteRecords(tokenized.examples, self._units[asked])
 
     def _say(self, report: TokenizationReport) -> None:
@@ -166,6 +167,21 @@ class Site:
         level = logging.WARNING if report.has_incidents and not self._simulated else logging.INFO
         for sentence in report.sentences():
             _log.log(level, "site %s: %s", self.file.name, sentence)
+
+    def _check_people(self, rows: Sequence[Row], privacy: LocalPrivacy) -> None:
+        """Refuse a row that names nobody, also one with nothing to learn; tell the operator, once, who was joined."""
+        column = self.file.data.user_column
+        if not isinstance(privacy, UserLevel) or column is None or self._people is not None:
+            return
+        self._people = people_of(rows, column)
+        if self._people.joined:
+            _log.warning("site %s: %s", self.file.name, self._people.sentence(column))
+
+
+def kept_rows(rows: Sequence[Row], tokenized: TokenizedRows) -> list[Row]:
+    """Return the rows that became examples, one for each."""
+    emptied = frozenset(tokenized.report.emptied)
+    return [row for number, row in enumerate(rows, start=1) if number not in emptied]
 
 
 def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) -> TokenizedRows:

@@ -70,7 +70,7 @@ class SiteState:
             )
         self._close_ledger()
         where = ledger_location(self._site)
-        identity = identify(units.names, self.secret, units.marks)
+        identity = identify((*units.names, *units.spellings), self.secret, units.marks)
         promised = Budget(budget.epsilon, budget.delta, budget.unit)
         ledger = Ledger(where, self._keys.signing, identity, promised, head_file=self._folder / HEAD_FILE)
         self._ledger = (units, ledger)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from client.marks import marks_of
 from conf.schema.data import DataConfig
 from conf.schema.privacy import LocalPrivacy, UserLevel
-from finetuning.datasets import Row, cell
+from finetuning.datasets import Row
+from finetuning.people import people_of
 from protocol.errors import DataError
 
 __all__ = ["Units", "units_of"]
@@ -21,13 +22,14 @@ class Units:
     """The protected units of a site, all of it secret.
 
     `members[u]` are the positions of unit u's records among the site's examples, `names[u]` the bytes that identify the
-    unit: the record's own content, or the value of the user column. `marks` are what records are known by in another
-    shape; a person needs none.
+    unit: the record's own content, or the name of the person. `marks` are what records are known by in another shape; a
+    person needs none. `spellings` are the values that stood for the people, by which earlier ledgers knew them.
     """
 
     members: tuple[tuple[int, ...], ...]
     names: tuple[bytes, ...]
     marks: frozenset[bytes] = frozenset()
+    spellings: frozenset[bytes] = frozenset()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -39,11 +41,12 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
     A record is identified by what is read of it (`data.columns`): another column, another
     name of a column, or another order makes no new record. What it is known by in another shape: `client.marks`.
 
-    Under user-level privacy a person keeps at most `max_records_per_user` records, those with the smallest keyed hash:
-    a choice that neither the server nor the order of the file makes.
+    Under user-level privacy all records with one name are one person's, however the name is spelled
+    (`finetuning.people`). A person keeps at most `max_records_per_user` records, those with the smallest keyed hash: a
+    choice that neither the server nor the order of the file makes.
 
     Raises:
-        DataError: user-level privacy, and no user column or a row without a value in it.
+        DataError: user-level privacy, and no user column or a row in which it names nobody.
     """
     if not isinstance(privacy, UserLevel):
         read = [_read(row, data) for row in rows]
@@ -51,9 +54,10 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
     user_column = data.user_column
     if user_column is None:
         raise DataError("user-level privacy needs data.user_column, the column that names the person; it is null")
+    people = people_of(rows, user_column)
     owned: dict[bytes, list[int]] = {}
-    for number, row in enumerate(rows, start=1):
-        owned.setdefault(_user(row, user_column, number), []).append(number - 1)
+    for position, name in enumerate(people.names):
+        owned.setdefault(_encoded(name), []).append(position)
 
     def chosen(positions: list[int]) -> tuple[int, ...]:
         by_hash = sorted(positions, key=lambda position: _hash(key, _content(_read(rows[position], data))))
@@ -61,17 +65,12 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
 
     kept = {user: chosen(positions) for user, positions in owned.items()}
     names = sorted(kept, key=lambda user: _hash(key, user))
-    return Units(tuple(kept[name] for name in names), tuple(names))
+    spellings = frozenset(_encoded(text) for spelled in people.spellings.values() for text in spelled)
+    return Units(tuple(kept[name] for name in names), tuple(names), spellings=spellings)
 
 
-def _user(row: Row, column: str, number: int) -> bytes:
-    value = cell(row, column, "data.user_column")
-    if value is None or value == "":
-        raise DataError(
-            f"row {number} has no value in data.user_column={column!r}; a record of nobody cannot be protected as "
-            "somebody's: fill it in, or remove the row"
-        )
-    return str(value).encode()  # 5 in JSON and "5" in CSV are one person
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
 
 
 def _read(row: Row, data: DataConfig) -> dict[str, object]:
@@ -80,7 +79,7 @@ def _read(row: Row, data: DataConfig) -> dict[str, object]:
 
 def _content(read: Mapping[str, object]) -> bytes:
     texts = {field: value if isinstance(value, list) else str(value) for field, value in read.items()}
-    return json.dumps(texts, sort_keys=True, default=str, ensure_ascii=False).encode()
+    return json.dumps(texts, sort_keys=True, default=str, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _hash(key: bytes, content: bytes) -> bytes:

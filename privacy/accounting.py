@@ -6,8 +6,8 @@ Of several exact or upper bounds the tightest valid one is stated (docs/decision
 - Poisson-sampled Gaussians, batches cut or not: privacy loss distributions, the grid halved until ε stands still;
 - any discrete noise among them: Rényi differential privacy for all of them.
 
-Neighbors differ in one unit, added or removed; where a batch is cut, in one emptied slot of a published number of
-them. Both give uncut sampling the same pair of distributions, so one composition may hold both kinds.
+Neighbors differ in one slot of a published number of them: it holds a unit, or is empty. Uncut sampling gives that
+relation the same pair of distributions as adding or removing a unit, so one composition may hold cut batches and uncut.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from privacy.correlated.build import INDEPENDENT, build_factorization
 from privacy.correlated.factorization import Factorization
 from privacy.correlated.participation import Participation
 from privacy.mechanisms import SubsampledGaussian
-from privacy.plan import default_delta
+from privacy.plan import default_delta, relation_of
 from protocol.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _noise_multiplier(privacy: ClientLevel, delta: float, rate: float, steps: in
 
 
 def _relation(secret_cohort: bool, rate: float, participation: Participation | None) -> str:
-    unit = "add or remove all updates of one enrolled site, the server being trusted to add the noise"
+    unit = f"{relation_of('site')}, the server being trusted to add the noise"
     if secret_cohort:
         return (
             f"{unit}; each round asks a site with probability {rate:.4g}, in secret, which amplifies nothing against "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +34,8 @@ class RenyiFilter:
     proportion to the order, and 85 percent. Smaller is safer: below the best order a few sampled steps fewer fit, above
     it their cost grows exponentially. It is an integer, at which the cost of sampled discrete noise is exact.
 
+    An order that is `kept` from another (ε, δ) takes the place of all that; see `restated`.
+
     Raises:
         PrivacyError: an ε or δ for which no order leaves anything.
     """
@@ -41,11 +43,12 @@ class RenyiFilter:
     epsilon: float
     delta: float
     expected: SubsampledGaussian | None = None
+    kept: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and 0 < self.delta < 1):
             raise PrivacyError(f"a filter needs epsilon > 0 and 0 < delta < 1, not ({self.epsilon}, {self.delta})")
-        if max(map(self._limit_at, _ORDERS)) <= 0:
+        if self.kept is None and max(map(self._limit_at, _ORDERS)) <= 0:
             raise PrivacyError(
                 f"a budget of epsilon={self.epsilon:g} at delta={self.delta:g} leaves nothing for adaptive choices at "
                 f"any Rényi order up to {_ORDERS[-1]}; raise the budget or declare the schedule before the run"
@@ -54,11 +57,20 @@ class RenyiFilter:
     @cached_property
     def order(self) -> int:
         """The Rényi order α at which everything is counted."""
+        if self.kept is not None:
+            return self.kept
         limits = np.array([self._limit_at(order) for order in _ORDERS])
         fitting, share = limits / np.array(_ORDERS), _SHARE
         if self.expected is not None and self.expected.steps and self.expected.noise_multiplier:
             fitting, share = limits / order_costs([self.expected.repeated(1)], _ORDERS), _SHARE_OF_EXPECTED
         return _ORDERS[int(np.argmax(fitting >= share * fitting.max()))]
+
+    def restated(self, epsilon: float, delta: float) -> RenyiFilter:
+        """Return the filter for another (ε, δ), with this one's order: costs that were counted at it stay comparable.
+
+        Where the order leaves nothing of so small an ε, the limit is not positive and admits nothing.
+        """
+        return replace(self, epsilon=epsilon, delta=delta, kept=self.order)
 
     @property
     def limit(self) -> float:

@@ -18,7 +18,7 @@ from protocol.errors import PrivacyError
 if TYPE_CHECKING:
     from privacy.noise import Noise
 
-__all__ = ["DELTA_MARGIN", "LossRelease", "PrivacyPlan", "Unit", "build_plan", "default_delta"]
+__all__ = ["DELTA_MARGIN", "LossRelease", "PrivacyPlan", "Unit", "build_plan", "default_delta", "relation_of"]
 
 DELTA_MARGIN = 10
 """The default δ is 1 / (DELTA_MARGIN x published units)."""
@@ -26,8 +26,9 @@ DELTA_MARGIN = 10
 Unit = Literal["none", "record", "user", "site"]
 
 _RELATIONS = {
-    "record": "add or remove one record of a site",
-    "user": "add or remove one user of a site, with all of the user's records",
+    "record": "add or remove one record of a site, in one of its published slots",
+    "user": "add or remove one user of a site, with all of the user's records, in one of its published slots",
+    "site": "add or remove all updates of one enrolled site",
 }
 
 
@@ -146,7 +147,7 @@ def build_plan(
     unit: Unit = "user" if isinstance(privacy, UserLevel) else "record"
     return PrivacyPlan(
         unit=unit,
-        relation=_relation(unit, sampling),
+        relation=relation_of(unit),
         sampling=sampling,
         clip_norm=privacy.clip_norm,
         noise_multiplier=_noise_multiplier(privacy, delta, sampling, local.steps * rounds, loss),
@@ -168,11 +169,13 @@ def _refuse_too_few_slots(published: int, num_units: int) -> None:
         )
 
 
-def _relation(unit: Unit, sampling: PoissonSampling) -> str:
-    added = _RELATIONS[unit]
-    if sampling.truncation is None:
-        return added
-    return f"{added}, in one of its published slots"
+def relation_of(unit: str) -> str:
+    """Return which two data sets an ε per `unit` makes hard to tell apart.
+
+    A site that holds as many units as it publishes takes no further one, and what is drawn are slots: so neighbors
+    differ in one slot, filled or empty, whether or not a batch is cut (docs/decisions/0006-accounting.md).
+    """
+    return _RELATIONS.get(unit, f"add or remove one {unit}")
 
 
 def _agreed_delta(asked: float | None, site_delta: float | None, published: int, num_units: int) -> float:

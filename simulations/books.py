@@ -15,6 +15,7 @@ from conf.schema.experiment import Experiment
 from conf.schema.federation import ServerBudget
 from conf.schema.privacy import ClientLevel, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteBudget
+from finetuning.people import users_of
 from privacy.accounting import epsilon_of, selection_epsilon
 from privacy.client_level import bounded_weights, build_client_level_plan
 from privacy.filter import RenyiFilter
@@ -22,7 +23,7 @@ from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import build_plan, default_delta
 from protocol.errors import BudgetExceeded, ConfigError, PrivacyError
 from server.budget import ServerBooks
-from simulations.partition import published_count, users_of
+from simulations.partition import published_count
 from simulations.population import Population, build_population
 
 __all__ = ["SharedBooks", "SweepCost", "shared_books"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from conf.schema.data import (
     SizeSkewedPartition,
 )
 from finetuning.datasets import Row, cell, nearest
+from finetuning.people import is_blank, spelling_of
 from protocol.errors import DataError
 
 __all__ = [
@@ -26,9 +28,10 @@ __all__ = [
     "partition",
     "plot_partition",
     "published_count",
-    "users_of",
     "who_holds_what",
 ]
+
+_log = logging.getLogger(__name__)
 
 OTHERS = "(others)"
 """Column of `Holdings` that gathers all values but the most frequent ones."""
@@ -54,8 +57,8 @@ def partition(rows: Sequence[Row], config: Partition, seed: int) -> dict[str, li
     """Return the rows of each site, sites in the order of their names, rows in the order they came in.
 
     Every row is at exactly one site. Exceptions: `natural_key` with `sites` takes only those, and leaves out sites with
-    fewer than `min_records`. Synthetic sites are named `site-1`, `site-2`, ... with leading zeros as needed; under
-    `size_skewed` the first is the largest.
+    fewer than `min_records`. Two spellings of one name (`finetuning.people`) are one natural key. Synthetic sites are
+    named `site-1`, `site-2`, ... with leading zeros as needed; under `size_skewed` the first is the largest.
 
     Raises:
         DataError: a column is missing, a site is unknown, there are fewer rows than sites, or a site gets no record.
@@ -132,19 +135,14 @@ def plot_partition(parts: Mapping[str, Sequence[Row]], column: str | None, path:
 def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     values: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        try:
-            value = cell(row, config.key, "data.partition.key")
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        if value is None or value == "":
-            raise DataError(
-                f"row {number}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
-            )
+    keys = [_key_of(row, number, config) for number, row in enumerate(rows, start=1)]
+    usual = _usual_spellings(keys, config)
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True), start=1):
+        value = usual[spelling_of(key)]
         name = config.site_of(value)
-        if values.setdefault(name, str(value)) != str(value):
+        if values.setdefault(name, value) != value:
             raise DataError(
-                f"row {number}: sites {values[name]!r} and {str(value)!r} would both be called {name!r}; rename one"
+                f"row {number}: sites {values[name]!r} and {value!r} would both be called {name!r}; rename one"
             )
         found.setdefault(name, []).append(row)
     if config.sites is None:
@@ -156,7 +154,40 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
                 f"the largest has {largest}; lower it"
             )
         return parts
-    return {name: _named_site(name, found, config) for name in sorted(map(config.site_of, config.sites))}
+    asked = sorted(config.site_of(usual.get(spelling_of(site), site)) for site in config.sites)
+    if twice := [name for name, count in Counter(asked).items() if count > 1]:
+        raise DataError(f"data.partition.sites names {twice[0]!r} in {asked.count(twice[0])} spellings; name it once")
+    return {name: _named_site(name, found, config) for name in asked}
+
+
+def _key_of(row: Row, number: int, config: NaturalKeyPartition) -> object:
+    try:
+        value = cell(row, config.key, "data.partition.key")
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from error
+    if is_blank(value):
+        raise DataError(
+            f"row {number}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
+        )
+    return value
+
+
+def _usual_spellings(keys: Sequence[object], config: NaturalKeyPartition) -> dict[str, str]:
+    """Return by its canonical spelling how each site is written most often; a site is one, however it is written."""
+    written: dict[str, Counter[str]] = {}
+    for key in keys:
+        written.setdefault(spelling_of(key), Counter())[str(key)] += 1
+    joined = sum(len(counts) - 1 for counts in written.values())
+    if joined:
+        _log.warning(
+            "data.partition.key=%r names %d sites in %d spellings: %d differed from another only in case, blanks or "
+            "the form of letters and digits, and were joined with it",
+            config.key,
+            len(written),
+            len(written) + joined,
+            joined,
+        )
+    return {same: min(counts, key=lambda text: (-counts[text], text)) for same, counts in written.items()}
 
 
 def _named_site(name: str, found: Mapping[str, list[Row]], config: NaturalKeyPartition) -> list[Row]:
@@ -228,11 +259,6 @@ def _skewed_owners(rows: int, config: SizeSkewedPartition, seed: int) -> np.ndar
             f"{config.sites} sites at data.partition.ratio={config.ratio:g}; lower data.partition.ratio or sites"
         )
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(config.sites), sizes))
-
-
-def users_of(rows: Sequence[Row], column: str | None) -> int | None:
-    """Return how many people the records are about; None where no column tells."""
-    return None if column is None else len({str(row.get(column)) for row in rows})
 
 
 def published_count(records: int) -> int:

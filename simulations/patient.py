@@ -16,6 +16,7 @@ from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.datasets import Row
 from finetuning.models import load_base
+from finetuning.people import people_of
 from protocol.errors import ConfigError
 from protocol.instructions import Instruction, InstructionHeader, client_plan
 from protocol.tensors import NamedTensors, digest
@@ -128,12 +129,12 @@ def _shortened(experiment: Experiment) -> Experiment:
 
 
 def _grouped(rows: Sequence[Row], privacy: LocalPrivacy, column: str | None) -> tuple[tuple[Row, ...], ...]:
-    """Return the records that are promised to be protected together, by the raw column and no code of the site's."""
+    """Return the records that are promised to be protected together, by each one's person and no code of the site's."""
     if not isinstance(privacy, UserLevel) or column is None:
         return tuple((row,) for row in rows)
     users: dict[str, list[Row]] = {}
-    for row in rows:
-        users.setdefault(str(row.get(column)), []).append(row)
+    for row, name in zip(rows, people_of(rows, column).names, strict=True):
+        users.setdefault(name, []).append(row)
     return tuple(map(tuple, users.values()))
 
 

@@ -18,10 +18,11 @@ from conf.schema.experiment import Experiment
 from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
 from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.people import people_of, users_of
 from privacy.plan import build_plan, default_delta
 from protocol.errors import ConfigError
 from protocol.refusals import sentence
-from simulations.partition import partition, published_count, users_of
+from simulations.partition import partition, published_count
 
 __all__ = [
     "Population",
@@ -73,7 +74,11 @@ def build_population(experiment: Experiment) -> Population:
     Raises:
         DataError: naming the file, row, column or site that is wrong.
     """
-    rows, heldout = split_rows(read_rows(experiment.data.source), experiment.data, experiment.seed)
+    everything = read_rows(experiment.data.source)
+    column = experiment.data.user_column
+    if column is not None and isinstance(local_privacy(experiment.privacy), UserLevel):
+        people_of(everything, column)  # before the split: the seed must not decide whether nobody is noticed
+    rows, heldout = split_rows(everything, experiment.data, experiment.seed)
     return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
 
 

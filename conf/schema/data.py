@@ -196,7 +196,8 @@ class DataConfig(Frozen):
         default=None, description="use at most this many records of the source, drawn with the seed; null: all"
     )
     user_column: Name | None = Field(
-        default=None, description="column that names the person a record is about; user-level privacy needs it"
+        default=None,
+        description="column that names the person a record is about, however spelled; needed by user-level privacy",
     )
     partition: Partition = Field(
         default=IidPartition(sites=4),

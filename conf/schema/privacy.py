@@ -88,13 +88,13 @@ class _DPSGD(_Budgeted):
 
 
 class ExampleLevel(_DPSGD):
-    """The unit is one record of a site: adding or removing it changes what leaves by a bounded amount (ε, δ)."""
+    """The unit is one record of a site: filling or emptying its slot changes what leaves by a bounded amount (ε, δ)."""
 
     kind: Literal["example_level"] = "example_level"
 
 
 class UserLevel(_DPSGD):
-    """The unit is one user of a site: all records that share a value of the site's `data.user_column`."""
+    """The unit is one user of a site: all records that name one person in the site's `data.user_column`."""
 
     kind: Literal["user_level"] = "user_level"
     max_records_per_user: int = Field(

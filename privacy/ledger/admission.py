@@ -23,11 +23,14 @@ from typing import Literal
 from privacy.accounting import epsilon_of
 from privacy.filter import RenyiFilter
 from privacy.ledger.budget import Budget
-from privacy.ledger.chain import Entry
+from privacy.ledger.chain import SCHEMA_VERSION, Entry
 from privacy.mechanisms import SubsampledGaussian
 from protocol.errors import PrivacyError
 
 __all__ = ["RULES", "Charge", "Rule", "Stated", "charges_of", "filter_of", "rule_for", "schedules_of", "state"]
+
+_ORDER_PER_DELTA = 2
+"""Up to this schema version a change of the budget's δ changed the filter's order too."""
 
 Rule = Literal["schedule", "filter"]
 
@@ -102,33 +105,45 @@ def rule_for(charges: Sequence[Charge], schedules: Sequence[SubsampledGaussian])
     return "schedule" if as_declared and within else "filter"
 
 
-def state(rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Iterable[Entry]) -> Stated:
-    """Return the ε of `charges` at the budget's δ, by `rule`; `entries` fix the filter's order.
+def state(
+    rule: Rule, charges: Iterable[Charge], budget: Budget, entries: Sequence[Entry], version: int = SCHEMA_VERSION
+) -> Stated:
+    """Return the ε of `charges` at the budget's δ, by `rule` as of `version`; `entries` fix the filter's order.
 
-    By the filter it is infinite where the budget is too small for any.
+    By the filter it is infinite where the budget was too small for any.
     """
     mechanisms = [charge.mechanism for charge in charges]
     if rule == "schedule":
         return Stated(epsilon_of(mechanisms, budget.delta), rule)
-    chosen = filter_of(budget, entries)
+    chosen = filter_of(budget, entries, mechanisms, version=version)
     return Stated(math.inf if chosen is None else chosen.epsilon_of(mechanisms), rule)
 
 
-def filter_of(budget: Budget, entries: Iterable[Entry]) -> RenyiFilter | None:
-    """Return the filter that counts what is booked at the budget's δ; None where the budget is too small for any.
+def filter_of(
+    budget: Budget,
+    entries: Sequence[Entry],
+    booked: Sequence[SubsampledGaussian] = (),
+    *,
+    version: int = SCHEMA_VERSION,
+) -> RenyiFilter | None:
+    """Return the filter that counts what is booked at the budget's δ; None where no order left anything at first.
 
-    Its order must not depend on outputs. So it follows from the ledger's first booking at this δ, made before there
-    were any: from the budget then, and from the steps that were booked. A budget that is lowered or raised later moves
-    the limit, not the order. Entries of version 1 say that the order follows from the budget alone.
+    Its order must not depend on outputs. So it follows from the ledger's first booking, made before there were any:
+    from ε and δ of the budget then, and from the steps that were booked. A budget that is lowered or raised later, in ε
+    or in δ, moves the limit, not the order. Where `entries` hold no booking yet, `booked` begins with the first.
+
+    Entries of version 1 say that the order follows from the budget alone. Figures stated by entries up to `version` 2
+    were computed at an order of their δ: from the first booking at the same δ, or before there was one from the budget.
     """
-    epsilon, expected = budget.epsilon, None
-    for entry in entries:
-        if entry.kind == "reserve" and entry.content["budget"]["delta"] == budget.delta:
-            epsilon = entry.content["budget"]["epsilon"]
-            if entry.schema_version > 1:
-                expected = SubsampledGaussian.from_json(entry.content["mechanism"])
-            break
+    reserved = [entry for entry in entries if entry.kind == "reserve"]
+    if version <= _ORDER_PER_DELTA:
+        reserved = [entry for entry in reserved if entry.content["budget"]["delta"] == budget.delta]
+    first, expected = budget, booked[0] if booked and version > _ORDER_PER_DELTA else None
+    if reserved:
+        first = Budget(**reserved[0].content["budget"])
+        mechanism = reserved[0].content["mechanism"]
+        expected = SubsampledGaussian.from_json(mechanism) if reserved[0].schema_version > 1 else None
     try:
-        return RenyiFilter(epsilon, budget.delta, expected)
+        return RenyiFilter(first.epsilon, first.delta, expected).restated(budget.epsilon, budget.delta)
     except PrivacyError:  # so small a budget that no order leaves anything for adaptive choices
         return None

@@ -30,9 +30,10 @@ __all__ = [
     "seal",
 ]
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 knew data sets without marks, and the filter's order followed from the budget alone."""
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 1 knew data sets without marks, and the filter's order followed from the budget alone. Up to version 2 the
+order changed with the budget's δ, and people were known by the values of the user column as they were spelled."""
 GENESIS = "0" * 64
 """What the first entry names as the hash before it."""
 
@@ -159,7 +160,8 @@ def _fault(entry: Entry, expected: int, previous: str, key: VerifyingKey | None,
             "signature", number, f"the signature of entry {number} is not the site's: it was forged or damaged"
         )
     if entry.schema_version not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        *older, newest = map(str, READABLE_VERSIONS)
+        readable = f"{', '.join(older)} and {newest}"
         text = f"entry {number} has schema version {entry.schema_version}, this release reads {readable}"
         return Fault("version", number, f"{text}; install the release that wrote it, or a later one")
     problem = payload_problem(entry.kind, entry.payload)

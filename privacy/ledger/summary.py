@@ -10,6 +10,7 @@ from privacy.ledger.admission import Charge, Stated, charges_of, rule_for, sched
 from privacy.ledger.budget import Budget, stored_budget
 from privacy.ledger.chain import GENESIS, Entry
 from privacy.ledger.store import Snapshot
+from privacy.plan import relation_of
 
 __all__ = ["DataSetSpending", "LedgerSummary", "RunSpending", "SpendingPoint", "summarize"]
 
@@ -39,10 +40,12 @@ class SpendingPoint:
 
 @dataclass(frozen=True)
 class DataSetSpending:
-    """Everything that concerns one data set, with what was booked on data sets that share units with it."""
+    """Everything that concerns one data set, with what was booked on data sets that share units with it.
+
+    An auditor reads it, so the number of units, which no ε covers, is no part of it.
+    """
 
     fingerprint: str
-    units: int
     shares_units_with: tuple[str, ...]
     spent: Stated
     left: float
@@ -56,6 +59,8 @@ class LedgerSummary:
     """A whole ledger."""
 
     budget: Budget | None
+    relation: str | None
+    """Which two data sets the budget makes hard to tell apart."""
     entries: int
     head: str
     data_sets: tuple[DataSetSpending, ...]
@@ -67,6 +72,7 @@ def summarize(snapshot: Snapshot) -> LedgerSummary:
     budget, concerned = stored_budget(entries), overlapping(snapshot.data_sets)
     return LedgerSummary(
         budget=budget,
+        relation=None if budget is None else relation_of(budget.unit),
         entries=len(entries),
         head=entries[-1].hash if entries else GENESIS,
         data_sets=()
@@ -83,13 +89,12 @@ def _in_order_of_use(entries: Sequence[Entry]) -> list[str]:
 
 
 def _data_set(snapshot: Snapshot, fingerprint: str, shared: frozenset[str], budget: Budget) -> DataSetSpending:
-    entries, data = snapshot.entries, snapshot.data_sets[fingerprint]
+    entries = snapshot.entries
     charges = charges_of(entries, shared)
     spent = _stated(charges, shared, budget, entries)
     committed = frozenset(entry.content["reserve"] for entry in entries if entry.kind == "commit")
     return DataSetSpending(
         fingerprint=fingerprint,
-        units=len(data.units),
         shares_units_with=tuple(sorted(shared - {fingerprint})),
         spent=spent,
         left=max(0.0, budget.epsilon - spent.epsilon),

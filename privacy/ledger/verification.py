@@ -132,9 +132,9 @@ def _figure(
     at_least = again.at_least(mechanisms, budget.delta)
     recomputed = again.at_most(mechanisms, budget.delta) if rule == "schedule" else None
     if recomputed is None or not _is_same(stated, recomputed):
-        recomputed = state(rule, charges, budget, until).epsilon
+        recomputed = state(rule, charges, budget, until, entry.schema_version).epsilon
     if rule == "filter":
-        at_least = max(at_least, _filtered(mechanisms, budget, until))
+        at_least = max(at_least, _filtered(mechanisms, budget, until, entry.schema_version))
     return Figure(
         sequence=entry.sequence,
         run=content["run"],
@@ -149,9 +149,9 @@ def _figure(
     )
 
 
-def _filtered(mechanisms: Sequence[SubsampledGaussian], budget: Budget, until: Sequence[Entry]) -> float:
+def _filtered(mechanisms: Sequence[SubsampledGaussian], budget: Budget, until: Sequence[Entry], version: int) -> float:
     """Return what the filter must state at least: its cost without cuts, by integration."""
-    chosen = filter_of(budget, until)
+    chosen = filter_of(budget, until, version=version)
     if chosen is None:
         return math.inf
     cost = renyi_cost(mechanisms, chosen.order)

@@ -208,6 +208,52 @@ def test_export_as_a_page_loads_nothing_and_escapes_names(ledger: Path, tmp_path
     assert not re.search(r"<script|<link|src=|@import|url\((?!#)", page)
 
 
+def _of_people(folder: Path, count: int, unit: str) -> Path:
+    keys = load_or_create_keys(folder)
+    people = identify((f"person {number}".encode() for number in range(count)), b"k" * 32)
+    opened = Ledger(folder / "ledger.db", keys.signing, people, Budget(5.0, 1e-5, unit))
+    opened.commit(opened.reserve(Booking("spring", 1, "plan", STEP.repeated(40), STEP, "inputs")), "output")
+    opened.close()
+    return folder / "ledger.db"
+
+
+def test_an_export_tells_nobody_how_many_units_there_are(tmp_path: Path) -> None:
+    """No ε covers the count: pages of two data sets differ in hashes and times alone."""
+    pages: list[list[str]] = []
+    for count in (77, 4321):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        location = _of_people(folder, count, "record")
+        for name, form in (("out.json", "json"), ("out.html", "html")):
+            run("export", folder / name, "--ledger", location, "--format", form)
+        written = [(folder / name).read_text() for name in ("out.json", "out.html")]
+        shown = run("show", "--ledger", location).output
+        assert set(json.loads(written[0])["summary"]["data_sets"][0]) == {
+            *("fingerprint", "shares_units_with", "spent", "left", "runs", "points")
+        }
+        varies = r"[0-9a-f]{8,}|\d{4}-\d\d-\d\d[T0-9:.+-]*"
+        pages.append([re.sub(varies, "", text.split("<svg")[0] + text.split("</svg>")[-1]) for text in written])
+        assert not re.search(r"\b(77|4321|4,321)\b", re.sub(varies, "", shown))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("unit", "relation"),
+    [
+        ("record", "add or remove one record of a site, in one of its published slots"),
+        ("user", "add or remove one user of a site, with all of the user's records, in one of its published slots"),
+        ("site", "add or remove all updates of one enrolled site"),
+    ],
+)
+def test_a_ledger_states_the_relation_of_its_unit(tmp_path: Path, unit: str, relation: str) -> None:
+    location = _of_people(tmp_path, 3, unit)
+    run("export", tmp_path / "out.html", "--ledger", location)
+    run("export", tmp_path / "out.json", "--ledger", location, "--format", "json")
+    assert relation in (tmp_path / "out.html").read_text().replace("&#39;", "'")
+    assert json.loads((tmp_path / "out.json").read_text())["summary"]["relation"] == relation
+    assert relation in run("show", "--ledger", location).output
+
+
 def test_a_broken_ledger_is_exported_with_its_problem(ledger: Path, tmp_path: Path) -> None:
     with sqlite3.connect(ledger) as connection:
         connection.execute("UPDATE entries SET payload = '<script>' WHERE sequence = 3")

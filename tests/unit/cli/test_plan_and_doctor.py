@@ -46,6 +46,14 @@ def test_the_tables_the_chart_and_the_figure(tmp_path: Path) -> None:
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_relation_stands_beside_the_figures() -> None:
+    """Also where no batch is cut."""
+    uncut = plan(*CHEAP, "privacy.batch_cap=null", "--records", "1000")
+    assert "relation add or remove one record of a site, in one of its published slots" in uncut.output
+    told = json.loads(plan(*CHEAP, "privacy.batch_cap=null", "--records", "1000", "--json").output)
+    assert told["sites"][0]["relation"] == "add or remove one record of a site, in one of its published slots"
+
+
 def test_given_counts_as_json() -> None:
     told = json.loads(plan(*CHEAP, "strategy=ffa_lora", "--records", "1000,2000", "--json").output)
     assert [site["published"] for site in told["sites"]] == [1000, 2000]

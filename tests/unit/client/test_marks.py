@@ -97,3 +97,10 @@ def test_normalized() -> None:
     assert normalized("  Straße\u00a0– ﬁne,\tN°5_a ") == "strasse fine n 5 a"
     assert normalized("e\u0301") == normalized("É")
     assert normalized("!?") == ""
+
+
+def test_names_and_texts_are_spelled_by_one_function() -> None:
+    """What joins two names joins two texts: characters that nobody sees make no new record."""
+    hidden = [note.replace("patient", "pa\u200bti\u00adent").replace(" ", "\u202f", 1) for note in NOTES]
+    assert PLAIN.overlaps(texts(hidden))
+    assert normalized("Ann\u2011Marie O\u2019Brien ７") == normalized("ann-marie o'brien 7")

@@ -7,6 +7,7 @@ import pytest
 from client.units import units_of
 from conf.schema.data import DataConfig, DataSource, TextColumns
 from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel
+from privacy.identity import DataIdentity, identify
 from protocol.errors import DataError
 
 KEY = b"k" * 32
@@ -61,3 +62,34 @@ def test_user_level_needs_a_user_of_every_record() -> None:
         units_of([*ROWS, {"text": "x", "patient": ""}], USERS, DATA, KEY)
     with pytest.raises(DataError, match=r"data\.user_column"):
         units_of(ROWS, USERS, DATA.model_copy(update={"user_column": "person"}), KEY)
+
+
+def people(*names: object) -> list[dict[str, object]]:
+    return [{"text": f"note {number}", "patient": name} for number, name in enumerate(names)]
+
+
+def test_one_person_in_several_spellings_is_one_unit() -> None:
+    """Otherwise each spelling would have the whole ε, and the person their sum."""
+    units = units_of(people("Ann", "ann", "Ann\u00a0", "Müller", "Mu\u0308ller", "Ben", 7, 7.0, "７"), USERS, DATA, KEY)
+    assert sorted(units.names) == [b"7", b"ann", b"ben", "müller".encode()]
+    owned = dict(zip(units.names, units.members, strict=True))
+    assert (owned[b"ann"], owned[b"7"], owned[b"ben"]) == ((0, 1, 2), (6, 7, 8), (5,))
+    # The bound on a person's records holds over all of their spellings.
+    more = units_of(people(*["Ann", "ANN", "ann "] * 4), USERS, DATA, KEY)
+    assert [len(members) for members in more.members] == [3]
+
+
+@pytest.mark.parametrize("other", ["ANN", "ann ", "\ufeffAnn", "Ａｎｎ"])
+def test_the_ledger_knows_a_person_again_in_another_spelling(other: str) -> None:
+    def identity(*names: object) -> DataIdentity:
+        units = units_of(people(*names), USERS, DATA, KEY)
+        return identify((*units.names, *units.spellings), KEY, units.marks)
+
+    assert identity("Ann", "Ben").overlaps(identity(other, "Cleo"))
+    assert not identity("Ann", "Ben").overlaps(identity("Anna", "Cleo"))
+    # Ledgers of earlier versions hold the hash of the value as it was spelled.
+    assert identity("Ann", "Ben").overlaps(identify([b"Ann"], KEY))
+
+
+def test_a_name_that_is_no_unicode_is_a_name() -> None:
+    assert len(units_of(people("a\ud800", "b"), USERS, DATA, KEY)) == 2

@@ -148,7 +148,9 @@ def test_a_plan_of_users_is_that_of_their_published_count() -> None:
     users = replace(SCENARIO, privacy=UserLevel(noise_multiplier=1.0, batch_cap=None))
     (outlook,) = forecast([users])
     assert outlook.epsilon == forecast([SCENARIO])[0].epsilon
-    assert outlook.relation == "add or remove one user of a site, with all of the user's records"
+    assert outlook.relation == (
+        "add or remove one user of a site, with all of the user's records, in one of its published slots"
+    )
 
 
 SITES = {f"site-{number}": 1.0 for number in range(100)}

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from conf.schema.federation import LocalTraining
-from conf.schema.privacy import ExampleLevel, NoPrivacy
+from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel
 from privacy.accounting import ACCOUNTANT, epsilon_of
 from privacy.calibration import calibrate_noise
 from privacy.mechanisms import SubsampledGaussian, Truncation
-from privacy.plan import PrivacyPlan, build_plan, default_delta
+from privacy.plan import PrivacyPlan, build_plan, default_delta, relation_of
 from protocol.errors import PrivacyError
 
 LOCAL = LocalTraining(steps=4, expected_batch_size=50)
@@ -34,6 +34,19 @@ def test_every_unit_needs_a_slot() -> None:
     """A unit without one would take the place of a removed unit: a substitution, and no removal."""
     with pytest.raises(PrivacyError, match=r"has 1001 units and publishes a count of 1000: .* published_records"):
         plan(num_units=1001)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5, 3.0, 100.0])
+@pytest.mark.parametrize("count", [1, 1000])
+def test_the_relation_is_that_of_slots_whether_or_not_a_batch_is_cut(cap: float | None, count: int) -> None:
+    """At n = published a further record is refused: an ε for adding it would be of a data set that cannot be."""
+    record = plan(ExampleLevel(noise_multiplier=1.0, batch_cap=cap), num_units=count)
+    user = plan(UserLevel(noise_multiplier=1.0, batch_cap=cap), num_units=count)
+    assert (
+        record.relation == relation_of("record") == "add or remove one record of a site, in one of its published slots"
+    )
+    assert user.relation == relation_of("user")
+    assert user.relation.endswith("in one of its published slots")
 
 
 def test_delta_is_a_tenth_of_one_over_n() -> None:

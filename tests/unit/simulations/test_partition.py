@@ -167,3 +167,30 @@ def test_a_plot_needs_a_known_extension_and_a_folder(tmp_path: Path) -> None:
         plot_partition({"a": rows(1)}, None, tmp_path / "held.gif")
     with pytest.raises(DataError, match=r"the folder .*missing does not exist; create it first"):
         plot_partition({"a": rows(1)}, None, tmp_path / "missing" / "held.svg")
+
+
+def test_two_spellings_of_a_site_are_one_site(caplog: pytest.LogCaptureFixture) -> None:
+    names = ["North", "north ", "North", "Mu\u0308ller", "Müller", "Müller", 7, 7.0, "Nor\u200bth", "b"]
+    spelled: Rows = [{"n": number, "site": name} for number, name in enumerate(names)]
+    parts = partition(spelled, NaturalKeyPartition(), seed=0)
+    assert {name: [row["n"] for row in part] for name, part in parts.items()} == {
+        "7": [6, 7],
+        "M-ller": [3, 4, 5],
+        "North": [0, 1, 2, 8],
+        "b": [9],
+    }
+    assert "data.partition.key='site' names 4 sites in 8 spellings: 4 differed" in caplog.text
+    assert list(partition(spelled, NaturalKeyPartition(sites=("NORTH", "B")), seed=0)) == ["North", "b"]
+    with pytest.raises(DataError, match=r"data\.partition\.sites names 'North' in 2 spellings; name it once"):
+        partition(spelled, NaturalKeyPartition(sites=("north", "North")), seed=0)
+
+
+def test_sites_of_other_names_that_would_be_called_the_same_are_refused() -> None:
+    with pytest.raises(DataError, match=r"row 2: sites 'a b' and 'a/b' would both be called 'a-b'; rename one"):
+        partition([{"site": "a b"}, {"site": "a/b"}], NaturalKeyPartition(), seed=0)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u200b", float("nan")])
+def test_a_blank_is_no_site(blank: object) -> None:
+    with pytest.raises(DataError, match=r"row 2: column 'site' names no site"):
+        partition([{"site": "NA"}, {"site": blank}], NaturalKeyPartition(), seed=0)
