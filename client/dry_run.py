@@ -32,7 +32,7 @@ from torch import nn
 from conf.schema.privacy import ExampleLevel, UserLevel
 from conf.schema.site import SiteRuntime
 from finetuning.adapters import AdaptedModel
-from finetuning.batches import Example, collate
+from finetuning.batches import Example, collate, framed
 from finetuning.models import checkpointing
 from finetuning.tasks.base import TaskObjective
 from privacy.gradients import batched_gradients, refuse_coupled_examples, refuse_or_warn, trained_without_rule
@@ -108,7 +108,7 @@ def made_up_examples(adapted: AdaptedModel, classes: int | None) -> tuple[Exampl
     lengths = [min(length, base.context or length) for length in _LENGTHS]
     return tuple(
         Example(
-            generator.choice(usable, length).astype(np.int32),
+            framed(generator.choice(usable, length).astype(np.int32), base.tokenizer, classes is not None),
             np.ones(length, dtype=np.bool_),
             None if classes is None else position % classes,
         )

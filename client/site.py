@@ -24,6 +24,7 @@ from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import Row, read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
+from finetuning.vocabulary import check_fits
 from privacy.plan import PrivacyPlan
 from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
@@ -120,7 +121,9 @@ class Site:
         if rank == 0:
             limits = f"trained_rank={self.file.trained_rank} and memory_mib={self.file.memory_mib}"
             raise SiteRefusal("rank_above_limit", f"not even a part of the plan fits {limits}")
-        adapted = attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
+        whole = plan.peft.rank
+        cores = plan.strategy.cores_at(rank, whole)
+        adapted = attach(base, plan.peft.at_rank(rank), self.file.task, cores, plan_rank=whole)
         if self._memory is not None:
             # A plan may put LoRA on more than the linear layers that the rank was chosen for.
             values = sum(parameter.numel() for parameter in adapted.parameters.values())
@@ -155,6 +158,7 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
 
     Raises:
         DataError: no record, or one that does not fit its description.
+        ModelError: one that does not fit the model.
     """
     if not rows:
         raise DataError(
@@ -165,7 +169,7 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         raise DataError(
             f"data.max_length={wanted} is above the model's context of {context} tokens; use at most {context}"
         )
-    return tokenize_rows(
+    tokenized = tokenize_rows(
         rows,
         file.data.columns,
         adapted.base.tokenizer,
@@ -174,6 +178,8 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         truncation=file.data.truncation,
         labels=file.task.labels,
     )
+    check_fits(adapted.base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
+    return tokenized
 
 
 def open_site(path: Path) -> Site:

@@ -14,6 +14,7 @@ from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
+from finetuning.vocabulary import check_fits
 from protocol.tensors import NamedTensors
 from server.events import Evaluated, PersonalEvaluated
 from server.root import split_root
@@ -138,7 +139,7 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
 
 
 def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]) -> Sequence[Example]:
-    return tokenize_rows(
+    examples = tokenize_rows(
         rows,
         experiment.data.columns,
         adapted.base.tokenizer,
@@ -147,3 +148,5 @@ def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]
         truncation=experiment.data.truncation,
         labels=experiment.task.labels,
     ).examples
+    check_fits(adapted.base, examples)
+    return examples
