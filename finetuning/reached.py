@@ -139,7 +139,12 @@ def _changed(a: torch.Tensor, b: torch.Tensor) -> Any:
         if not args or not isinstance(output, torch.Tensor) or not isinstance(args[0], torch.Tensor):
             return output
         given = args[0]
-        strength = a[given] if isinstance(module, nn.Embedding) else (given.to(a.dtype) * a).sum(dim=-1)
+        if not isinstance(module, nn.Embedding):
+            strength = (given.to(a.dtype) * a).sum(dim=-1)
+        elif given.is_floating_point() or given.shape != output.shape[:-1]:
+            return output + b.to(output.dtype)  # a table of positions that is given whatever has them
+        else:
+            strength = a[given]
         return output + (strength.unsqueeze(-1) * b).to(output.dtype)
 
     return change

@@ -42,7 +42,7 @@ class AdapterSizes:
     head: int
     """Values of the classification head, and of what else is new."""
     named: bool
-    """Whether `peft.targets` names the layers: then a rank above a layer's size is an error, not a reason to skip it."""
+    """Whether `peft.targets` names the layers: a rank above a layer's size is an error then, no reason to skip it."""
 
     def values(self, rank: int, peft: LoRA, strategy: Strategy) -> int:
         """Return what a site trains in round 1 at a rank."""

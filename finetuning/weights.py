@@ -146,7 +146,8 @@ def _check_left_over(path: str, network: PreTrainedModel, keys: Iterable[str], t
     if odd:
         raise ModelError(
             f"{path} holds {len(odd)} tensor(s) that the network of its config.json has no place for, such as "
-            f"{odd[0]}; without them it is another model. Give weights and a config.json that belong together (layers, biases)"
+            f"{odd[0]}; without them it is another model. Give weights and a config.json that belong "
+            "together (layers, biases)"
         )
 
 
