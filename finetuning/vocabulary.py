@@ -40,7 +40,7 @@ def positions(network: PreTrainedModel, reached: Collection[str] = ()) -> int | 
     """
     config = network.config.get_text_config()
     stated = [getattr(config, name, None) for name in _STATED]
-    bounds = [each for each in stated if isinstance(each, int)][:1]
+    bounds = [each for each in stated if isinstance(each, int) and each > 0][:1]  # XLNet states -1: no bound
     for name, module in network.named_modules():
         if name in reached and name.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding):
             kept = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -102,7 +102,7 @@ class ServerBudget(Frozen):
     """The most that client-level runs may ever cost one site, over all runs that the server's ledger holds."""
 
     epsilon: float = Field(ge=1e-6, le=1e6)
-    delta: float = Field(ge=1e-100, lt=1)
+    delta: float = Field(gt=0, lt=1)
 
 
 class Federation(Frozen):

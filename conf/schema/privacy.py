@@ -39,7 +39,7 @@ class _Budgeted(Frozen):
     )
     delta: float | None = Field(
         default=None,
-        ge=1e-100,
+        gt=0,
         lt=1,
         description="null: 1 / (10 x the published count of protected units); 1/count or more is refused",
     )

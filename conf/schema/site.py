@@ -43,7 +43,7 @@ class SiteBudget(_Expiring):
         default="record", description="what is counted; a plan that protects another unit is refused"
     )
     epsilon: float = Field(ge=1e-6, le=1e6)
-    delta: float = Field(ge=1e-100, lt=1)
+    delta: float = Field(gt=0, lt=1)
 
 
 class WorkingHours(Frozen):
@@ -86,7 +86,7 @@ class WholeSiteBudget(_Expiring):
     """The most this whole site may ever cost in client-level runs, by what their servers say of their noise."""
 
     epsilon: float = Field(ge=1e-6, le=1e6)
-    delta: float = Field(ge=1e-100, lt=1)
+    delta: float = Field(gt=0, lt=1)
 
 
 class SitePolicy(Frozen):

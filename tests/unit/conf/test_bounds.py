@@ -60,7 +60,7 @@ def test_every_number_is_bounded_on_both_sides() -> None:
         ("federation.local.optimizer.learning_rate=1e-300", "greater than or equal to 0.000000000001"),
         ("federation.local.expected_batch_size=1e300", "less than or equal to 1000000000"),
         ("federation.site_epsilon=1e300", "less than or equal to 1000000"),
-        ("privacy.delta=1e-300", "greater than or equal to 1e-100"),
+        ("privacy.target_epsilon=1e-300", "greater than or equal to 0.000001"),
         ("robust={kind:norm_bound,max_norm:1e300}", "less than or equal to 1000000000"),
     ],
 )
