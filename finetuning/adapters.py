@@ -156,7 +156,11 @@ def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0, plan_rank
         return attached[key]
     kept = _but_for_rank(config)
     attached = {each: other for each, other in attached.items() if _but_for_rank(other.config) == kept}
-    network = get_peft_model(base.network, _peft_config(base, config, task, cores, plan_rank), adapter_name=_ADAPTER)
+    chosen = _peft_config(base, config, task, cores, plan_rank)
+    try:
+        network = get_peft_model(base.network, chosen, adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"PEFT cannot put LoRA on {type(base.network).__name__}: {error}") from error
     _keep_head_in_float32(network)
     if cores:
         put_cores(base.network, cores)

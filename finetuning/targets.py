@@ -18,6 +18,9 @@ from protocol.errors import ModelError
 __all__ = ["chosen_layers", "layers_at", "trained_whole"]
 
 _log = logging.getLogger(__name__)
+_STATE_SPACE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_READ_BY_KERNELS = ("out_proj", "conv1d")
+"""Layers whose weights the kernels of state-space models read without calling the layer: PEFT refuses them."""
 
 
 def chosen_layers(base: FrozenBase, config: LoRA, whole: Collection[str], rank: int) -> list[str]:
@@ -73,6 +76,7 @@ def _linear_layers(base: FrozenBase, modules: Mapping[str, nn.Module], whole: Co
         name
         for name, module in modules.items()
         if isinstance(module, nn.Linear | Conv1D) and module is not output and not _inside(name, whole)
+        if base.network.config.model_type not in _STATE_SPACE or name.rpartition(".")[2] not in _READ_BY_KERNELS
     )
 
 

@@ -61,7 +61,7 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, network: Pre
     beyond = {
         token: number
         for token, number in tokenizer.get_vocab().items()
-        if number >= rows and not _of_another_modality(token, tokenizer)
+        if number >= rows and not _of_another_modality(token, number, tokenizer)
     }
     pad = tokenizer.pad_token_id
     if isinstance(pad, int) and pad >= rows:
@@ -98,5 +98,6 @@ def check_fits(base: FrozenBase, examples: Sequence[Example], classes: int | Non
         raise ModelError(f"the records have classes up to {last}, the head has {classes}; check task.labels")
 
 
-def _of_another_modality(token: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    return token in tokenizer.all_special_tokens and any(each in token.lower() for each in _MODALITIES)
+def _of_another_modality(token: str, number: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    added = tokenizer.added_tokens_decoder.get(number)
+    return added is not None and added.special and any(each in token.lower() for each in _MODALITIES)
