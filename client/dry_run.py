@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from client.made_up import dropout_rates, made_up_examples, traceless
+from client.trials import dropout_rates, examples_for, traceless
 from conf.schema.privacy import ExampleLevel, UserLevel
 from conf.schema.site import SiteRuntime
 from finetuning.adapters import AdaptedModel
@@ -108,7 +108,7 @@ def way_of_gradients(
             objective,
             runtime,
             "one_by_one" if missing else way,
-            tuple(made_up_examples(adapted, classes, batch) for batch in lengths),
+            tuple(examples_for(adapted, classes, batch) for batch in lengths),
             longest,
         )
         adapted.checked[key] = trial.problem() or missing

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from client.made_up import dropout_rates, made_up_examples, traceless
+from client.trials import dropout_rates, examples_for, traceless
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example, collate
 from finetuning.padding import BatchShape
@@ -66,7 +66,7 @@ class RowCheck:
 
     def _alike(self, shape: BatchShape) -> bool:
         lengths = [shape.length - (0 if shape.full else 1), shape.length - (0 if shape.full else _SHORTER)]
-        pair = made_up_examples(self.adapted, self.classes, [max(length, 2) for length in lengths], seed=shape.rows)
+        pair = examples_for(self.adapted, self.classes, [max(length, 2) for length in lengths], seed=shape.rows)
         real = shape.rows - 1 if self.static else shape.rows
         with traceless(self.adapted), dropout_rates(self.adapted.network, _NOTHING_DROPPED):
             self.adapted.network.train()

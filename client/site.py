@@ -28,6 +28,7 @@ from finetuning.models import load_base
 from finetuning.people import People, people_of
 from finetuning.tokenization_report import TokenizationReport
 from finetuning.tokenizing import sequence_bound
+from finetuning.vocabulary import check_fits
 from privacy.plan import PrivacyPlan
 from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
@@ -132,7 +133,9 @@ class Site:
         if rank == 0:
             limits = f"trained_rank={self.file.trained_rank} and memory_mib={self.file.memory_mib}"
             raise SiteRefusal("rank_above_limit", f"not even a part of the plan fits {limits}")
-        adapted = attach(base, plan.peft.at_rank(rank), self.file.task, plan.strategy.cores_at(rank, plan.peft.rank))
+        whole = plan.peft.rank
+        cores = plan.strategy.cores_at(rank, whole)
+        adapted = attach(base, plan.peft.at_rank(rank), self.file.task, cores, plan_rank=whole)
         if self._memory is not None:
             # A plan may put LoRA on more than the linear layers that the rank was chosen for.
             values = sum(parameter.numel() for parameter in adapted.parameters.values())
@@ -189,13 +192,14 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
 
     Raises:
         DataError: no record, or one that does not fit its description.
+        ModelError: one that does not fit the model.
     """
     if not rows:
         raise DataError(
             f"site {file.name} has no training record; check data.source, data.split_column and the partition"
         )
     data, tokenizer = file.data, adapted.base.tokenizer
-    return tokenize_rows(
+    tokenized = tokenize_rows(
         rows,
         data.columns,
         tokenizer,
@@ -205,6 +209,8 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         special_tokens=data.special_tokens,
         labels=file.task.labels,
     )
+    check_fits(adapted.base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
+    return tokenized
 
 
 def open_site(path: Path) -> Site:

@@ -6,10 +6,9 @@ and *copied out* after it, so sixty-four simulated sites need the memory of one.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conf.schema.model import LoRA
@@ -26,6 +24,7 @@ from conf.schema.task import Task
 from finetuning.cores import Cores, check_cores, put_cores, renamed, reset_cores
 from finetuning.models import FrozenBase
 from finetuning.offsets import FrozenOffsets
+from finetuning.targets import chosen_layers, trained_whole
 from protocol.errors import ModelError
 from protocol.offsets import is_offset
 from protocol.tensors import NamedTensors, corner
@@ -34,10 +33,11 @@ __all__ = ["AdaptedModel", "attach"]
 
 _log = logging.getLogger(__name__)
 _ADAPTER = "default"
-_HEADS = ("score", "classifier", "classification_head")
 _MAGNITUDE = "lora_magnitude_vector"
 _ATTACHED = "cloister_adapters"
 """Attribute of a base network that holds its adapters, so that all are freed together."""
+_Key = tuple[LoRA, int, int]
+"""Configuration, cores, rank of the plan."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class AdaptedModel:
 
     def mount(self) -> None:
         """Put this adapter's layers into the base network, which several adapters of different ranks may share."""
-        attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(self.base.network, _ATTACHED)
+        attached: dict[_Key, AdaptedModel] = getattr(self.base.network, _ATTACHED)
         for other in attached.values():
             if other is not self:
                 other.unmount()
@@ -129,7 +129,7 @@ class AdaptedModel:
         return {name: parameter for name, parameter in self.parameters.items() if name in names}
 
 
-def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> AdaptedModel:
+def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0, plan_rank: int | None = None) -> AdaptedModel:
     """Return the base with an adapter attached; a second call with the same configuration returns the same object.
 
     A base keeps adapters that differ in nothing but their rank, one of them mounted: simulated sites of different ranks
@@ -140,20 +140,27 @@ def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> Adapte
         config: the adapter's.
         task: decides on a head.
         cores: square cores between the factors of every layer; 0: none.
+        plan_rank: that of the whole plan, where this is a cut of its adapter: both are on the same layers.
 
     Raises:
-        ModelError: an unknown or unsuitable target module, or a rank above a target layer's size.
+        ModelError: an unknown or unsuitable target module, one that the task never runs, or a rank above a target
+            layer's size.
     """
-    attached: dict[tuple[LoRA, int], AdaptedModel] = getattr(base.network, _ATTACHED, {})
+    attached: dict[_Key, AdaptedModel] = getattr(base.network, _ATTACHED, {})
     for other in attached.values():
         other.unmount()
     base.network.__dict__.pop("peft_config", None)
-    if (config, cores) in attached:
-        attached[config, cores].mount()
-        return attached[config, cores]
+    key = (config, cores, config.rank if plan_rank is None else plan_rank)
+    if key in attached:
+        attached[key].mount()
+        return attached[key]
     kept = _but_for_rank(config)
-    attached = {key: each for key, each in attached.items() if _but_for_rank(each.config) == kept}
-    network = get_peft_model(base.network, _peft_config(base, config, task, cores), adapter_name=_ADAPTER)
+    attached = {each: other for each, other in attached.items() if _but_for_rank(other.config) == kept}
+    chosen = _peft_config(base, config, task, cores, plan_rank)
+    try:
+        network = get_peft_model(base.network, chosen, adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"PEFT cannot put LoRA on {type(base.network).__name__}: {error}") from error
     _keep_head_in_float32(network)
     if cores:
         put_cores(base.network, cores)
@@ -166,7 +173,7 @@ def attach(base: FrozenBase, config: LoRA, task: Task, cores: int = 0) -> Adapte
     }
     offsets = FrozenOffsets({f"base_model.model.{n}": m for n, m in modules.items() if isinstance(m, LoraLayer)})
     adapted = AdaptedModel(base, network, parameters, magnitudes, config, modules, offsets)
-    attached[config, cores] = adapted
+    attached[key] = adapted
     setattr(base.network, _ATTACHED, attached)
     _log.info(
         "adapter: %d tensors, %d values", len(adapted.parameters), sum(p.numel() for p in adapted.parameters.values())
@@ -183,93 +190,32 @@ def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module.get_base_layer()  # type: ignore[operator]
 
 
-def _peft_config(base: FrozenBase, config: LoRA, task: Task, cores: int) -> LoraConfig:
-    network = base.network
+def _peft_config(base: FrozenBase, config: LoRA, task: Task, cores: int, plan_rank: int | None) -> LoraConfig:
     classifies = task.kind == "classification"
-    whole = _trained_whole(base) if classifies else []
-    linear = _linear_layers(network, whole)
-    targets = linear if config.targets == "auto" else _matching(network, config.targets, linear)
-    modules = dict(network.named_modules())
-    for name in targets:
-        _check_rank(name, modules[name], config.rank)
-        if cores:
+    whole = trained_whole(base) if classifies else ()
+    names = chosen_layers(base, config, whole, config.rank if plan_rank is None else plan_rank)
+    modules = dict(base.network.named_modules())
+    if cores:
+        for name in names:
             check_cores(name, modules[name], config.rank, cores)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it
         lora_dropout=config.dropout,
-        target_modules=_short_names(targets, modules),
+        target_modules=_short_names(names, modules),
         use_rslora=config.rslora,
         use_dora=config.dora,
-        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in targets),
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),
         task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
-        modules_to_save=whole or None,
+        modules_to_save=list(whole) or None,
     )
 
 
-def _linear_layers(network: PreTrainedModel, whole: list[str]) -> list[str]:
-    """Return every linear layer inside the blocks: not the embedding's transpose, and none that is trained whole."""
-    output = network.get_output_embeddings()
-    return sorted(
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and not _inside(name, whole)
-    )
-
-
-def _inside(name: str, modules: list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _matching(network: PreTrainedModel, endings: tuple[str, ...], linear: list[str]) -> list[str]:
-    modules = {name: module for name, module in network.named_modules() if name}
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
-    matched: set[str] = set()
-    for ending in endings:
-        found = [name for name in modules if name == ending or name.endswith(f".{ending}")]
-        if not found:
-            near = difflib.get_close_matches(ending, leaves, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ModelError(
-                f"peft.targets: no module of this model is named {ending!r}{hint} Linear layers: {', '.join(leaves)}"
-            )
-        for name in found:
-            if not isinstance(modules[name], nn.Linear | Conv1D | nn.Embedding):
-                raise ModelError(
-                    f"peft.targets: {name} is a {type(modules[name]).__name__}, neither a linear layer nor an "
-                    f"embedding. Linear layers: {', '.join(leaves)}"
-                )
-        matched.update(found)
-    return sorted(matched)
-
-
-def _short_names(targets: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _short_names(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the endings that select exactly `targets`, for a readable adapter_config.json; else the full names."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in targets})
     selected = [name for name in modules if name.rsplit(".", 1)[-1] in endings]
-    return endings if sorted(selected) == sorted(targets) else targets
-
-
-def _check_rank(name: str, module: nn.Module, rank: int) -> None:
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.dim() == 2 and rank > min(weight.shape):
-        raise ModelError(
-            f"peft.rank={rank} is above the size of {name} ({weight.shape[0]} x {weight.shape[1]}); "
-            f"use at most {min(weight.shape)}"
-        )
-
-
-def _trained_whole(base: FrozenBase) -> list[str]:
-    """Return the classification head, and what else the checkpoint lacks (BERT's pooler, often): random, so no base."""
-    head = _head_name(base.network)
-    return [head, *(name for name in base.fresh if not _inside(name, [head]))]
-
-
-def _head_name(network: PreTrainedModel) -> str:
-    for name, _ in network.named_children():
-        if name in _HEADS:
-            return name
-    raise ModelError(f"{type(network).__name__} has no classification head named {' or '.join(_HEADS)}")
+    return endings if sorted(selected) == sorted(targets) else list(targets)
 
 
 def _keep_head_in_float32(network: PeftModel) -> None:

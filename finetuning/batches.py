@@ -29,6 +29,7 @@ __all__ = [
     "TokenizationReport",
     "TokenizedRows",
     "collate",
+    "framed",
     "micro_batches",
     "tokenize_rows",
 ]
@@ -263,11 +264,24 @@ def _framing(columns: Columns, tokenizer: PreTrainedTokenizerBase) -> _Framing:
         return _Framing((), (), end_trained=False, keep_end=False)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if isinstance(columns, LabelledColumns):
-        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        start = cls if cls is not None else bos
-        end = sep if cls is not None else None
-        return _Framing(_ids(start), _ids(end), end_trained=False, keep_end=True)
+        return _Framing(*_class_frame(tokenizer), end_trained=False, keep_end=True)
     return _Framing(_ids(bos), _ids(eos), end_trained=True, keep_end=False)
+
+
+def _class_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what stands before and after a text to be classified."""
+    cls = tokenizer.cls_token_id
+    return _ids(cls if cls is not None else tokenizer.bos_token_id), _ids(tokenizer.sep_token_id)
+
+
+def framed(ids: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, classified: bool) -> NDArray[np.int32]:
+    """Return made-up ids whose first and last ones are those of a text to be classified; as they are, where it is none.
+
+    Some classifiers count their special tokens: BART's reads the state at the end of the text.
+    """
+    start, end = _class_frame(tokenizer) if classified else ((), ())
+    inner = ids[len(start) : max(len(ids) - len(end), len(start))]
+    return np.array([*start, *inner, *end], dtype=np.int32)[: len(ids)]
 
 
 def _ids(token: object) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from conf.schema.model import LoRA, Model
 from conf.schema.strategy import FedIT
 from conf.schema.task import Task
-from finetuning.shapes import trained_values
+from finetuning.shapes import adapter_sizes
 from protocol.errors import ModelError
 
 __all__ = ["LEAST_EXAMPLES", "examples_that_fit", "rank_that_fits", "training_bytes"]
@@ -48,18 +48,18 @@ def rank_that_fits(path: str, task: Task, memory: int) -> int:
         ModelError: there is no safetensors checkpoint at `path` to read the layers' sizes from.
     """
 
-    def values(rank: int) -> int:
-        found = trained_values(Model(path=path), LoRA(rank=rank), FedIT(), task)
-        if found is None:
-            raise ModelError(
-                f"memory_mib needs the sizes of the layers, and model_path={path} holds no safetensors checkpoint; set "
-                "trained_rank instead"
-            )
-        return found
-
-    head = 2 * values(1) - values(2)
-    fitting = (memory // training_bytes(1, LEAST_EXAMPLES) - head) // (values(1) - head)
-    return max(0, min(_MOST_RANK, fitting))
+    peft = LoRA()
+    sizes = adapter_sizes(Model(path=path), peft, task)
+    if sizes is None:
+        raise ModelError(
+            f"memory_mib needs the sizes of the layers, and model_path={path} holds no safetensors checkpoint; set "
+            "trained_rank instead"
+        )
+    # A plan of a higher rank leaves small layers out and may fit where this one does not; a lower one must fit too.
+    for rank in range(1, _MOST_RANK + 1):
+        if training_bytes(sizes.values(rank, peft, FedIT()), LEAST_EXAMPLES) > memory:
+            return rank - 1
+    return _MOST_RANK
 
 
 def examples_that_fit(values: int, trained: int, memory: int) -> int:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema.model import Model
 from conf.schema.task import Task
+from finetuning.batches import collate
 from finetuning.embedded import resolve
+from finetuning.made_up import made_up_examples
+from finetuning.reached import reached_modules
+from finetuning.tasks.build import build_objective
+from finetuning.vocabulary import check_vocabulary, positions, rows_of, stated_positions
+from finetuning.weights import load_network
 from protocol.errors import ModelError
 
 __all__ = [
@@ -37,13 +34,12 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "pick_device",
+    "read_base",
     "stated_context",
 ]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_log = logging.getLogger(__name__)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WEIGHTS, _OLD_WEIGHTS = "*.safetensors", "*.bin"
 _SPECIAL = ("special_tokens_map.json", "added_tokens.json")
 _IDENTITY = (
@@ -57,10 +53,8 @@ _IDENTITY = (
     *_SPECIAL,
 )
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
-"""What configurations call the longest sequence."""
-_HEAD_SEED = 0
-"""Layers that the checkpoint lacks start from this seed, so that they are the same at every site."""
+_PROBED = (12, 9, 6, 4)
+"""Tokens of the made-up examples that show which modules a task reaches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +68,10 @@ class FrozenBase:
     pad_token_id: int
     context: int | None
     """The longest sequence the model takes, in tokens, or None where it states none."""
+    vocabulary: int
+    """Token ids that the model knows: 0 to one less."""
+    reached: frozenset[str]
+    """Modules with weights that the task's loss depends on; others, such as a tower for pictures, take no adapter."""
     fresh: tuple[str, ...] = ()
     """Modules that the checkpoint lacks, such as a classification head: trained whole, and kept with the adapter."""
 
@@ -120,7 +118,7 @@ def stated_context(model: Model) -> int | None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the configuration in {folder} cannot be read: {_first_line(error)}") from error
     pad = _tokenizer(folder).pad_token_id
-    return _context(config, pad if isinstance(pad, int) else None)
+    return stated_positions(config, pad if isinstance(pad, int) else None)
 
 
 def base_digest(model: Model) -> str:
@@ -168,42 +166,53 @@ def _once(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @_once
 def _load(model: Model, task: Task, device: torch.device) -> FrozenBase:
+    return read_base(model, task, device)
+
+
+def read_base(model: Model, task: Task, device: torch.device) -> FrozenBase:
+    """Return a base that is shared with nobody.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
     folder = _folder(model)
     tokenizer = _tokenizer(folder)
-    network, fresh = _network(folder, model, task)
+    network, fresh = load_network(folder, model, task)
     network.to(device)  # pyright: ignore[reportArgumentType] - its stub takes the device for the network itself
     network.requires_grad_(False)
     network.config.use_cache = False
     pad = tokenizer.pad_token_id
     if not isinstance(pad, int):
         raise ModelError(f"the tokenizer of {model.path} has neither a padding nor an end-of-text token; add one to it")
-    network.config.pad_token_id = pad
-    return FrozenBase(network, tokenizer, _digest(folder), device, pad, _context(network.config, pad), fresh)
+    _agree_on_tokens(network, tokenizer, pad)
+    check_vocabulary(model.path, tokenizer, network)
+    context = positions(network)
+    reached = _reached(network, tokenizer, task, context, fresh)
+    return FrozenBase(
+        network, tokenizer, _digest(folder), device, pad, positions(network, reached), rows_of(network), reached, fresh
+    )
 
 
-def _network(folder: Path, model: Model, task: Task) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the network, and the modules that the checkpoint lacks."""
-    options: dict[str, Any] = {
-        "dtype": _DTYPES[model.dtype],
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
-    load = AutoModelForCausalLM.from_pretrained
-    if task.kind == "classification":
-        load = AutoModelForSequenceClassification.from_pretrained
-        options["num_labels"] = len(task.labels)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_HEAD_SEED)
-            network, loaded = cast("tuple[PreTrainedModel, dict[str, set[str]]]", load(folder, **options))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{model.path} cannot be loaded for task={task.kind}: {_first_line(error)}") from error
-    fresh = sorted({key.rsplit(".", 1)[0] for key in loaded["missing_keys"]})
-    if fresh and task.kind != "classification":
-        raise ModelError(f"{model.path} has no weights for {', '.join(fresh)}; task={task.kind} needs a language model")
-    if fresh:
-        _log.info("%s lacks %s: initialized from seed %d", model.path, ", ".join(fresh), _HEAD_SEED)
-    return network, tuple(fresh)
+def _agree_on_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad: int) -> None:
+    """Tell the network which tokens are padding and the end: classifiers look for the last one before it, or for it."""
+    for config in (network.config, network.config.get_text_config()):
+        config.pad_token_id = pad
+        if config.is_encoder_decoder and isinstance(tokenizer.eos_token_id, int):
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def _reached(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    context: int | None,
+    fresh: tuple[str, ...],
+) -> frozenset[str]:
+    classes = None if task.labels is None else len(task.labels)
+    examples = made_up_examples(tokenizer, rows_of(network), _PROBED, classes=classes, context=context)
+    pad = tokenizer.pad_token_id
+    batches = [collate(part, pad) for part in (examples, *([example] for example in examples))]
+    return reached_modules(network, build_objective(task), batches[0], batches[1:], fresh)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -213,7 +222,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if _is_encoder_decoder(folder) and tokenizer.eos_token is not None:
+        # BART's classifier reads the state at the end of the text, and T5's knows no other sign of it.
+        tokenizer.sep_token = tokenizer.eos_token
     return tokenizer
+
+
+def _is_encoder_decoder(folder: Path) -> bool:
+    try:
+        return bool(AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False  # the network's own error will say more
 
 
 @_once
@@ -249,16 +268,6 @@ def _digest(folder: Path) -> str:
         with path.open("rb") as stream:
             state.update(f"{path.name}|{hashlib.file_digest(stream, 'sha256').hexdigest()}|".encode())
     return state.hexdigest()
-
-
-def _context(config: PretrainedConfig, pad_token_id: int | None) -> int | None:
-    """Return the longest input in tokens. RoBERTa keeps the first positions for padding."""
-    text = config.get_text_config()  # of a model that also sees or hears
-    stated = next((found for name in _CONTEXT if isinstance(found := getattr(text, name, None), int)), None)
-    if stated is None:
-        return None
-    is_offset = text.model_type in ("roberta", "xlm-roberta", "camembert")
-    return stated - ((pad_token_id or 0) + 1 if is_offset else 0)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,16 @@
-"""How many values an adapter trains, from the headers of the checkpoint alone: no weight is read, no library loaded."""
+"""How many values an adapter trains.
+
+For the common architectures the headers of the checkpoint tell: no weight is read, no library loaded. What another one
+runs of its modules only the network itself can say, so it is loaded, as a run does.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +19,63 @@ from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from finetuning.embedded import resolve
 
-__all__ = ["trained_values"]
+__all__ = ["AdapterSizes", "adapter_sizes", "trained_values"]
 
 _EMBEDDINGS = ("embed", "wte", "wpe")
 _OUTPUTS = ("lm_head", "cls", "embed_out", "score", "classifier")
 _TRANSPOSED = ("gpt2",)
 """Architectures whose checkpoints hold linear layers as (in, out)."""
-_DENSE_HEADS = ("bert", "roberta", "xlm-roberta", "camembert")
-"""Encoders whose classifier has a dense layer before the labels, which most checkpoints lack."""
+_DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2")
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
+"""Architectures that run every linear layer that they have; the classifiers of these encoders have a dense layer before
+the labels, which most checkpoints lack."""
+_WRAPPERS = re.compile(r"^(?:module\.)+|\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.(?:module\.)?")
+"""As `finetuning.weights` has it, without loading torch."""
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """The layers that LoRA can be put on, and what is trained whole."""
+
+    layers: Mapping[str, tuple[int, int, bool]]
+    """Outputs, inputs, and whether it is an embedding (whose rows are the outputs), by name."""
+    head: int
+    """Values of the classification head, and of what else is new."""
+    named: bool
+    """Whether `peft.targets` names the layers: a rank above a layer's size is an error then, no reason to skip it."""
+
+    def values(self, rank: int, peft: LoRA, strategy: Strategy) -> int:
+        """Return what a site trains in round 1 at a rank."""
+        total = self.head
+        for outputs, inputs, embedding in self.layers.values():
+            if rank > min(outputs, inputs) and not self.named:
+                continue
+            # Of an embedding, PEFT's factor of zeros is the one over the vocabulary: `outputs`, as for a linear layer.
+            if strategy.cores:
+                # A lone core has no use for a scale of its own.
+                total += rank**2 // strategy.cores + (strategy.cores if strategy.kind == "ravan" else 0)
+            else:
+                total += rank * (outputs + inputs if strategy.trains == "both" else outputs)
+            if peft.dora:
+                total += inputs if embedding else outputs
+        return total
 
 
 def trained_values(model: Model, peft: LoRA, strategy: Strategy, task: Task) -> int | None:
     """Return the number of values that each site trains in round 1; None where the checkpoint is not on this machine.
 
-    Exact for decoders with linear layers of their own (Llama, Qwen, Mistral, Gemma, Phi, GPT-2), and for BERT and
-    RoBERTa with a fresh classification head.
+    Raises:
+        ModelError: an architecture that has to be loaded for the count, and cannot.
+    """
+    sizes = adapter_sizes(model, peft, task)
+    return None if sizes is None else sizes.values(peft.rank, peft, strategy)
+
+
+def adapter_sizes(model: Model, peft: LoRA, task: Task) -> AdapterSizes | None:
+    """Return the layers of an adapter; None where the checkpoint is not on this machine.
+
+    Raises:
+        ModelError: as `trained_values`.
     """
     folder = _local_folder(model)
     if folder is None or not (folder / "config.json").is_file():
@@ -36,25 +84,37 @@ def trained_values(model: Model, peft: LoRA, strategy: Strategy, task: Task) -> 
     if not shapes:
         return None
     config = json.loads((folder / "config.json").read_text())
-    total = _head(config, task)
-    for name, (outputs, inputs) in _targets(shapes, config, peft).items():
-        # Of an embedding, PEFT's factor of zeros is the one over the vocabulary: `outputs` here, as for a linear layer.
-        if strategy.cores:
-            # A lone core has no use for a scale of its own.
-            total += peft.rank**2 // strategy.cores + (strategy.cores if strategy.kind == "ravan" else 0)
-        else:
-            total += peft.rank * (outputs + inputs if strategy.trains == "both" else outputs)
-        if peft.dora:
-            total += inputs if _is_embedding(name) else outputs
-    return total
+    layers = _targets(shapes, config, peft)
+    if _is_plain(shapes, config, peft, task, layers):
+        return AdapterSizes(layers, _head(config, task), peft.targets != "auto")
+    from finetuning.built_sizes import built_sizes
+
+    return built_sizes(model, peft, task)
+
+
+def _is_plain(
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any],
+    peft: LoRA,
+    task: Task,
+    layers: Mapping[str, tuple[int, int, bool]],
+) -> bool:
+    """Whether the headers tell everything."""
+    kind = config.get("model_type")
+    if kind not in (_ENCODERS if task.kind == "classification" else ()) + _DECODERS:
+        return False
+    if peft.targets != "auto" and not all(any(_ends(name, end) for name in layers) for end in peft.targets):
+        return False
+    parts = {part for name in shapes for part in name.split(".")}
+    return kind in _DECODERS or not parts & {"pooler", "classifier"}
 
 
 def _targets(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], peft: LoRA
-) -> dict[str, tuple[int, int]]:
-    """Return module name -> (outputs, inputs) of what LoRA is put on."""
+) -> dict[str, tuple[int, int, bool]]:
+    """Return module name -> (outputs, inputs, embedding) of what LoRA may be put on."""
     flipped = config.get("model_type") in _TRANSPOSED
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, int, bool]] = {}
     for key, shape in shapes.items():
         if not key.endswith(".weight") or len(shape) != 2:
             continue
@@ -63,10 +123,16 @@ def _targets(
         if peft.targets == "auto":
             wanted = not _is_embedding(name) and not any(part in _OUTPUTS for part in parts)
         else:
-            wanted = any(name == ending or name.endswith(f".{ending}") for ending in peft.targets)
+            wanted = any(_ends(name, ending) for ending in peft.targets)
         if wanted:
-            found[name] = (shape[1], shape[0]) if flipped and not _is_embedding(name) else (shape[0], shape[1])
+            embedding = _is_embedding(name)
+            outputs, inputs = (shape[1], shape[0]) if flipped and not embedding else shape
+            found[name] = outputs, inputs, embedding
     return found
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
 
 
 def _is_embedding(name: str) -> bool:
@@ -79,7 +145,7 @@ def _head(config: Mapping[str, Any], task: Task) -> int:
         return 0
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     labels = len(task.labels)
-    if config.get("model_type") not in _DENSE_HEADS:
+    if config.get("model_type") not in _ENCODERS:
         return hidden * labels
     return hidden * hidden + hidden + hidden * labels + labels
 
@@ -91,7 +157,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__" and math.prod(entry["shape"]):
-                yield name, tuple(entry["shape"])
+                yield _WRAPPERS.sub("", name), tuple(entry["shape"])
 
 
 def _local_folder(model: Model) -> Path | None:

@@ -15,6 +15,7 @@ from finetuning.models import load_base
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
 from finetuning.tokenizing import sequence_bound
+from finetuning.vocabulary import check_fits
 from protocol.tensors import NamedTensors
 from server.events import Evaluated, PersonalEvaluated
 from server.root import split_root
@@ -140,7 +141,7 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
 
 def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]) -> Sequence[Example]:
     data, tokenizer = experiment.data, adapted.base.tokenizer
-    return tokenize_rows(
+    examples = tokenize_rows(
         rows,
         data.columns,
         tokenizer,
@@ -150,3 +151,5 @@ def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]
         special_tokens=data.special_tokens,
         labels=experiment.task.labels,
     ).examples
+    check_fits(adapted.base, examples)
+    return examples

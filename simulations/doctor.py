@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from client.made_up import dropout_rates
+from client.trials import dropout_rates
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, NoPrivacy, UserLevel
 from finetuning.datasets import Row

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from conf.schema.base import Frozen
 
@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 Name = Annotated[str, Field(min_length=1)]
+Sites = Annotated[int, Field(gt=0, le=1_000_000)]
+Records = Annotated[int, Field(gt=0, le=1 << 40)]
 
 
 class _DistinctColumns(Frozen):
@@ -101,7 +103,7 @@ class DataSource(Frozen):
 
 
 class _SitesByNumber(Frozen):
-    sites: PositiveInt
+    sites: Sites
 
     @property
     def population(self) -> int | None:
@@ -117,7 +119,7 @@ class NaturalKeyPartition(Frozen):
     sites: tuple[Name, ...] | None = Field(
         default=None, min_length=1, description="only these sites; null: all of them"
     )
-    min_records: PositiveInt = Field(default=1, description="sites with fewer records do not take part")
+    min_records: Records = Field(default=1, description="sites with fewer records do not take part")
 
     @staticmethod
     def site_of(value: object) -> str:
@@ -148,7 +150,7 @@ class DirichletPartition(_SitesByNumber):
     """Label skew: each label's share per site is drawn from a Dirichlet distribution (arXiv 1909.06335)."""
 
     kind: Literal["dirichlet"] = "dirichlet"
-    alpha: float = Field(gt=0, description="concentration: 100 is nearly iid, 0.1 gives most sites few labels")
+    alpha: float = Field(gt=0, le=1e9, description="concentration: 100 is nearly iid, 0.1 gives most sites few labels")
     label: Name = Field(default="label", description="column whose values are skewed")
 
 
@@ -156,7 +158,7 @@ class SizeSkewedPartition(_SitesByNumber):
     """Same distribution, unequal sizes: geometric from the largest site to the smallest."""
 
     kind: Literal["size_skewed"] = "size_skewed"
-    ratio: float = Field(ge=1, description="records of the largest site over records of the smallest")
+    ratio: float = Field(ge=1, le=1e9, description="records of the largest site over records of the smallest")
 
 
 Partition = Annotated[
@@ -178,9 +180,9 @@ class DataConfig(Frozen):
         default="heldout", description="value of split_column for held-out records; other values are left out"
     )
     heldout_fraction: float = Field(
-        default=0.1, gt=0, lt=1, description="chance of a record to be held out, when split_column is null"
+        default=0.1, ge=1e-6, lt=1, description="chance of a record to be held out, when split_column is null"
     )
-    max_length: Annotated[int, Field(ge=2)] | None = Field(
+    max_length: Annotated[int, Field(ge=2, le=1 << 30)] | None = Field(
         default=None, description="longest sequence in tokens; null: the model's context"
     )
     truncation: Literal["truncate", "refuse"] = Field(
@@ -192,7 +194,7 @@ class DataConfig(Frozen):
         description="what a string such as </s> inside a record is: text like any other (counted and reported), or "
         "parsed as the model's own special token, for records that were rendered by a chat template",
     )
-    max_records: PositiveInt | None = Field(
+    max_records: Records | None = Field(
         default=None, description="use at most this many records of the source, drawn with the seed; null: all"
     )
     user_column: Name | None = Field(

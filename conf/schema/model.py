@@ -30,7 +30,7 @@ class LoRA(Frozen):
     alpha: float = Field(
         default=16.0, ge=1e-3, le=1e5, description="the update is scaled by alpha/rank (alpha/sqrt(rank) for rsLoRA)"
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, le=0.95)
     targets: Literal["auto"] | tuple[str, ...] = Field(
         default="auto", description="auto: every linear layer of the architecture's blocks; or module name endings"
     )

@@ -33,7 +33,7 @@ class NoPrivacy(Frozen):
 class _Budgeted(Frozen):
     """A promise, given by its price or by its noise: exactly one of `target_epsilon` and `noise_multiplier`."""
 
-    target_epsilon: float | None = Field(default=None, gt=0, le=100, description="ε for all rounds together")
+    target_epsilon: float | None = Field(default=None, ge=1e-6, le=100, description="ε for all rounds together")
     noise_multiplier: float | None = Field(
         default=None, ge=0.2, le=1000, description="noise std over clip norm; below 0.2 no ε is worth its name"
     )
@@ -46,6 +46,7 @@ class _Budgeted(Frozen):
     insecure_seed: int | None = Field(
         default=None,
         ge=0,
+        lt=2**63,
         description="makes noise and sampling repeatable, and so guessable: simulation only, printed on every report",
     )
 
@@ -98,7 +99,7 @@ class UserLevel(_DPSGD):
 
     kind: Literal["user_level"] = "user_level"
     max_records_per_user: int = Field(
-        default=16, ge=1, description="a user's further records are left out, chosen by a keyed hash"
+        default=16, ge=1, le=1_000_000, description="a user's further records are left out, chosen by a keyed hash"
     )
     user_gradient: Literal["mean", "sum"] = Field(
         default="mean", description="how a user's gradients become one, before it is clipped"
@@ -122,10 +123,12 @@ class AdaptiveClip(Frozen):
     """
 
     kind: Literal["adaptive"] = "adaptive"
-    quantile: float = Field(default=0.5, gt=0, lt=1, description="fraction of updates that should not be clipped")
-    learning_rate: float = Field(default=0.2, gt=0, le=2, description="of the geometric update")
+    quantile: float = Field(
+        default=0.5, ge=1e-6, le=1 - 1e-6, description="fraction of updates that should not be clipped"
+    )
+    learning_rate: float = Field(default=0.2, ge=1e-6, le=2, description="of the geometric update")
     count_noise: float = Field(
-        default=1.0, gt=0, le=1e6, description="std of the noise on the count of unclipped updates"
+        default=1.0, ge=1e-3, le=1e6, description="std of the noise on the count of unclipped updates"
     )
 
 
@@ -144,12 +147,14 @@ class _Correlated(Frozen):
     min_separation: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="rounds from one participation of a site to its next; null: the most that asking the sites in "
         "rotation gives, sites // cohort_size",
     )
     max_participations: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="rounds a site may take part in, over the whole run; null: the least that rotation gives",
     )
 
@@ -164,7 +169,7 @@ class Banded(_Correlated):
     """Banded matrix factorization (Choquette-Choo et al. 2023, arXiv 2306.08153)."""
 
     kind: Literal["banded"] = "banded"
-    bands: int | None = Field(default=None, ge=1, description="at most min_separation; null: as many")
+    bands: int | None = Field(default=None, ge=1, le=100_000, description="at most min_separation; null: as many")
 
 
 class Blt(_Correlated):

@@ -36,7 +36,7 @@ class Bucketing(Frozen):
     """Means of random buckets take the updates' place (Karimireddy et al. 2022, arXiv 2006.09365)."""
 
     kind: Literal["bucketing"] = "bucketing"
-    size: int = Field(default=2, ge=1, description="updates per bucket")
+    size: int = Field(default=2, ge=1, le=1_000_000, description="updates per bucket")
 
 
 class NearestNeighbors(Frozen):
@@ -59,14 +59,14 @@ class NormBound(Frozen):
     """Scale longer updates down to a bound, then combine as ever (Sun et al. 2019, arXiv 1911.07963)."""
 
     kind: Literal["norm_bound"] = "norm_bound"
-    max_norm: float = Field(default=1.0, gt=0, description="L2 norm that an update keeps at most")
+    max_norm: float = Field(default=1.0, ge=1e-9, le=1e9, description="L2 norm that an update keeps at most")
     distance: Distance = Field(
         default="product", description="norm of the factors and the change of BA together, or of the factors alone"
     )
 
 
 class _Rule(Frozen):
-    attackers: int = Field(default=1, ge=0, description="f: the most sites that may send anything")
+    attackers: int = Field(default=1, ge=0, le=1_000_000, description="f: the most sites that may send anything")
     distance: Distance = Field(
         default="product",
         description="between the factors and the products BA together, or between the factors alone",
@@ -96,7 +96,9 @@ class MultiKrum(_Rule):
     """The mean of the updates with the nearest neighbors (Blanchard et al. 2017, arXiv 1703.02757)."""
 
     kind: Literal["multi_krum"] = "multi_krum"
-    selected: int | None = Field(default=None, ge=1, description="updates that are averaged; null: all but f")
+    selected: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="updates that are averaged; null: all but f"
+    )
 
 
 class Bulyan(_Rule):
@@ -110,14 +112,14 @@ class GeometricMedian(_Rule):
 
     kind: Literal["geometric_median"] = "geometric_median"
     iterations: int = Field(default=32, ge=1, le=10_000)
-    smoothing: float = Field(default=1e-6, gt=0, description="least distance, as a share of the median norm")
+    smoothing: float = Field(default=1e-6, ge=1e-12, le=1, description="least distance, as a share of the median norm")
 
 
 class CenteredClipping(_Rule):
     """Steps of bounded length away from the last round's update (Karimireddy et al. 2021, arXiv 2012.10333)."""
 
     kind: Literal["centered_clipping"] = "centered_clipping"
-    radius: float = Field(default=1.0, gt=0, description="the furthest that one update can pull")
+    radius: float = Field(default=1.0, ge=1e-9, le=1e9, description="the furthest that one update can pull")
     iterations: int = Field(default=3, ge=1, le=1000)
 
 
@@ -126,7 +128,10 @@ class FLTrust(_Rule):
 
     kind: Literal["fltrust"] = "fltrust"
     root_records: int = Field(
-        default=64, ge=1, description="public held-out records that the server trains on; evaluation goes without them"
+        default=64,
+        ge=1,
+        le=1 << 31,
+        description="public held-out records that the server trains on; evaluation goes without them",
     )
 
 

@@ -43,7 +43,7 @@ class SiteBudget(_Expiring):
     unit: Literal["record", "user"] = Field(
         default="record", description="what is counted; a plan that protects another unit is refused"
     )
-    epsilon: float = Field(gt=0)
+    epsilon: float = Field(ge=1e-6, le=1e6)
     delta: float = Field(gt=0, lt=1)
 
 
@@ -86,7 +86,7 @@ class WorkingHours(Frozen):
 class WholeSiteBudget(_Expiring):
     """The most this whole site may ever cost in client-level runs, by what their servers say of their noise."""
 
-    epsilon: float = Field(gt=0)
+    epsilon: float = Field(ge=1e-6, le=1e6)
     delta: float = Field(gt=0, lt=1)
 
 
@@ -112,11 +112,16 @@ class SitePolicy(Frozen):
     min_noise_multiplier: float = Field(
         default=0.0,
         ge=0,
+        le=1000,
         description="noise std over clip norm, at least: this site's, or, where it adds none, what the server claims",
     )
-    max_clip_norm: float = Field(default=1e6, gt=0)
-    max_epsilon_per_run: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
-    max_epsilon_per_round: float | None = Field(default=None, gt=0, description="at the budget's δ; null: the budget")
+    max_clip_norm: float = Field(default=1e6, ge=1e-6, le=1e6)
+    max_epsilon_per_run: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="at the budget's δ; null: the budget"
+    )
+    max_epsilon_per_round: float | None = Field(
+        default=None, ge=1e-6, le=1e6, description="at the budget's δ; null: the budget"
+    )
     release_noisy_loss: bool = Field(
         default=True, description="allow plans that release the mean training loss with noise, charged to the budget"
     )
@@ -146,9 +151,11 @@ class SitePolicy(Frozen):
     quantization: tuple[str, ...] | None = Field(
         default=None, description="codecs an update may leave in, besides plain float32 (none); null: any"
     )
-    max_rounds: int = Field(default=1000, ge=1)
-    max_steps_per_round: int = Field(default=1000, ge=1)
-    max_rank: int = Field(default=256, ge=1, description="of LoRA; bounds memory, time and the size of an update")
+    max_rounds: int = Field(default=1000, ge=1, le=100_000)
+    max_steps_per_round: int = Field(default=1000, ge=1, le=10_000)
+    max_rank: int = Field(
+        default=256, ge=1, le=1024, description="of LoRA; bounds memory, time and the size of an update"
+    )
     hours: WorkingHours | None = Field(default=None, description="null: at any time")
 
 
@@ -156,11 +163,12 @@ class SiteRuntime(Frozen):
     """How this site computes; the guarantee holds whatever it says."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1)
-    micro_batch_tokens: int = Field(default=8192, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
+    micro_batch_tokens: int = Field(default=8192, ge=1, le=1 << 30)
     steps_per_round: int | None = Field(
         default=None,
         ge=1,
+        le=10_000,
         description="the most optimizer steps in a round, for a slow site; public, and its privacy is planned for them",
     )
     static_shapes: bool = Field(
@@ -186,10 +194,14 @@ class SiteServe(Frozen):
         "are no Unix sockets",
     )
     max_message_mib: int = Field(default=512, ge=1, le=16384, description="of one instruction, unpacked")
-    stop_grace_s: float = Field(default=30.0, ge=0, description="how long a stop waits for a round under way")
-    min_free_mib: int = Field(default=64, ge=0, description="of state_directory's disk; below it nothing is started")
-    keep_replies: int = Field(default=64, ge=0, description="the latest, to repeat an answer that was lost on its way")
-    keep_replies_days: float = Field(default=30.0, gt=0)
+    stop_grace_s: float = Field(default=30.0, ge=0, le=1e8, description="how long a stop waits for a round under way")
+    min_free_mib: int = Field(
+        default=64, ge=0, le=1 << 30, description="of state_directory's disk; below it nothing is started"
+    )
+    keep_replies: int = Field(
+        default=64, ge=0, le=1_000_000, description="the latest, to repeat an answer that was lost on its way"
+    )
+    keep_replies_days: float = Field(default=30.0, gt=0, le=36_500)
 
 
 class SiteNode(Frozen):
@@ -209,12 +221,14 @@ class SiteFile(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     published_records: int = Field(
         ge=1,
+        le=1 << 40,
         description="a record count the site makes public (rounded, say): the sampling rate follows from it. The true "
         "count stays a secret",
     )
     published_users: int | None = Field(
         default=None,
         ge=1,
+        le=1 << 40,
         description="the same for users (data.user_column); null: this site takes no part in user-level runs",
     )
     data: DataConfig
@@ -236,6 +250,7 @@ class SiteFile(Frozen):
     trained_rank: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="the most LoRA rank this site trains; of a larger adapter it gets a cut, where the strategy "
         "can combine ranks; what is refused outright is policy.max_rank. null: "
         "whatever a plan asks. The server is told",
@@ -243,6 +258,7 @@ class SiteFile(Frozen):
     memory_mib: int | None = Field(
         default=None,
         ge=1,
+        le=1 << 30,
         description="memory for the adapter and its training, beside the base and its activations (which "
         "runtime.micro_batch_tokens bounds): the largest rank that fits (finetuning/memory.py), or trained_rank where "
         "that is less, is what this site trains and the server is told. The records of one user are held at once, up "

@@ -133,10 +133,10 @@ class FLASC(_Averaging):
     incomparable: ClassVar[str] = "every site sends other entries, and most of what would be compared is zero"
 
     download_density: float = Field(
-        default=1.0, gt=0, le=1, description="share of the factors' values that a site is sent; 1: all of them"
+        default=1.0, ge=1e-6, le=1, description="share of the factors' values that a site is sent; 1: all of them"
     )
     upload_density: float = Field(
-        default=1.0, gt=0, le=1, description="share of the factors' changes that a site sends; 1: all of them"
+        default=1.0, ge=1e-6, le=1, description="share of the factors' changes that a site sends; 1: all of them"
     )
 
 

@@ -25,6 +25,11 @@ class Classification(Frozen):
 
     kind: Literal["classification"] = "classification"
     labels: tuple[str, ...] = Field(min_length=2, description="public label set, in the order of the class indices")
+    head: Literal["checkpoint", "new"] = Field(
+        default="checkpoint",
+        description="checkpoint: its classification head where it has one, which must be for these labels, else a new "
+        "one; new: a new one from a public seed, whatever the checkpoint has",
+    )
 
     @field_validator("labels")
     @classmethod

@@ -112,7 +112,7 @@ class TopK(_WithFeedback):
     """The largest values alone (Stich et al. 2018, arXiv 1809.07599)."""
 
     kind: Literal["topk"] = "topk"
-    fraction: float = Field(default=0.05, gt=0, le=0.5, description="share of the values that is sent")
+    fraction: float = Field(default=0.05, ge=1e-6, le=0.5, description="share of the values that is sent")
 
 
 class Lattice(Frozen):
@@ -121,9 +121,11 @@ class Lattice(Frozen):
     kind: Literal["lattice"] = "lattice"
     bits: int = Field(default=16, ge=4, le=16, description="of the modulus")
     norm_bound: float = Field(
-        default=1, gt=0, description="updates are clipped to this L2 norm before they are rounded"
+        default=1, ge=1e-9, le=1e9, description="updates are clipped to this L2 norm before they are rounded"
     )
-    max_summands: int = Field(default=64, ge=1, description="updates that may be added without wrapping around")
+    max_summands: int = Field(
+        default=64, ge=1, le=1_000_000, description="updates that may be added without wrapping around"
+    )
 
 
 Quantization = Annotated[

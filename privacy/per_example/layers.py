@@ -111,7 +111,8 @@ def _layers(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator
 def _token_embedding(network: nn.Module) -> nn.Module | None:
     """Return what looks up the examples' own tokens; None for a network that does not say."""
     get = getattr(network, "get_input_embeddings", None)
-    return get() if callable(get) else None
+    found = get() if callable(get) else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def _rule_for(name: str, module: nn.Module, recorder: Recorder, tokens: nn.Module | None) -> Forward | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from client.dry_run import way_of_gradients
-from client.made_up import made_up_examples
+from client.trials import examples_for
 from conf.schema.privacy import ExampleLevel
 from conf.schema.site import SiteRuntime
 from finetuning.tasks.build import build_objective
@@ -308,10 +308,15 @@ def test_it_runs_once_per_adapter_and_way(made: Make) -> None:
 
 def test_made_up_examples_are_ordinary_ones(made: Make) -> None:
     here = made("bert")
-    examples = made_up_examples(here.adapted, 3, (9, 6, 4))
+    examples = examples_for(here.adapted, 3, (9, 6, 4))
     assert len({len(example) for example in examples}) == 3
     assert [example.label for example in examples] == [0, 1, 2]
-    tokens = {int(token) for example in examples for token in example.input_ids}
+    # What frames a text to be classified is there, as in a record; else no special token.
+    tokenizer = here.adapted.base.tokenizer
+    assert {tuple(example.input_ids[[0, -1]]) for example in examples} == {
+        (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    }
+    tokens = {int(token) for example in examples for token in example.input_ids[1:-1]}
     assert not tokens & {*here.adapted.base.tokenizer.all_special_ids, here.adapted.base.pad_token_id}
     assert max(tokens) < here.adapted.base.network.config.vocab_size
 

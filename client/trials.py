@@ -1,45 +1,32 @@
-"""Trying a network on made-up examples: the examples, and what keeps a trial from leaving a trace."""
+"""What keeps a trial of a network on made-up examples from leaving a trace, and from dropping anything."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
+from finetuning.made_up import made_up_examples
 
-__all__ = ["dropout_rates", "made_up_examples", "traceless"]
+__all__ = ["dropout_rates", "examples_for", "traceless"]
 
 _SPREAD = 0.02
 """Added to every adapter value: a factor B of zeros would hide every fault of A."""
 
 
-def made_up_examples(
+def examples_for(
     adapted: AdaptedModel, classes: int | None, lengths: Sequence[int], seed: int = 0
 ) -> tuple[Example, ...]:
-    """Return examples of these lengths whose tokens are drawn from the vocabulary, without its special tokens.
+    """Return made-up examples of these lengths, cut to the model's context, for a network and its task.
 
-    A length above the model's context is cut to it. `classes` is a classifier's; None for a language model.
+    `classes` is a classifier's; None for a language model.
     """
     base = adapted.base
-    embeddings: Any = base.network.get_input_embeddings()
-    special = [*base.tokenizer.all_special_ids, base.pad_token_id]
-    usable = np.setdiff1d(np.arange(min(len(embeddings.weight), len(base.tokenizer))), special)
-    generator = np.random.default_rng(seed)
-    cut = [min(length, base.context or length) for length in lengths]
-    return tuple(
-        Example(
-            generator.choice(usable, length).astype(np.int32),
-            np.ones(length, dtype=np.bool_),
-            None if classes is None else position % classes,
-        )
-        for position, length in enumerate(cut)
-    )
+    return made_up_examples(base.tokenizer, base.vocabulary, lengths, classes=classes, context=base.context, seed=seed)
 
 
 @contextmanager
