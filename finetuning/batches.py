@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from conf.schema.data import ChatColumns, Columns, LabelledColumns
-from finetuning.datasets import Row, cell, check_columns, nearest
+from finetuning.datasets import check_columns
+from finetuning.labels import read_labels
 from finetuning.prompts import Segment, TrainOn, segments
+from finetuning.rows import Place, Row, at_place, named, place_of
 from protocol.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class TokenizationReport:
     kept           rows that became examples
     truncated      rows cut to `max_length`, whether kept or not
     emptied        row numbers (from 1) with nothing to learn: left out
+    emptied_at     the same rows, where they stand in their source
     tokens         tokens in the kept examples
     trained_tokens those that are learned
     max_length     the bound that was applied; None: no bound
@@ -66,6 +70,7 @@ class TokenizationReport:
     kept: int
     truncated: int
     emptied: tuple[int, ...]
+    emptied_at: tuple[Place, ...]
     tokens: int
     trained_tokens: int
     max_length: int | None
@@ -77,10 +82,9 @@ class TokenizationReport:
         if self.truncated:
             lines.append(f"{_count(self.truncated, 'row')} cut to data.max_length={self.max_length} tokens")
         if self.emptied:
-            named = ", ".join(map(str, self.emptied[:10])) + (", ..." if len(self.emptied) > 10 else "")
             lines.append(
                 f"{_count(len(self.emptied), 'row')} left out, with nothing to learn (empty, or cut before the "
-                f"completion): {named}"
+                f"completion): {named(self.emptied_at)}"
             )
         return lines
 
@@ -91,6 +95,23 @@ class TokenizedRows:
 
     examples: tuple[Example, ...]
     report: TokenizationReport
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenizedRows]) -> TokenizedRows:
+        """Return several parts, at least one and tokenized alike, as one."""
+        reports = [part.report for part in parts]
+        starts = accumulate((report.rows for report in reports), initial=0)
+        report = TokenizationReport(
+            rows=sum(report.rows for report in reports),
+            kept=sum(report.kept for report in reports),
+            truncated=sum(report.truncated for report in reports),
+            emptied=tuple(start + at for start, report in zip(starts, reports, strict=False) for at in report.emptied),
+            emptied_at=tuple(place for report in reports for place in report.emptied_at),
+            tokens=sum(report.tokens for report in reports),
+            trained_tokens=sum(report.trained_tokens for report in reports),
+            max_length=reports[0].max_length,
+        )
+        return cls(tuple(example for part in parts for example in part.examples), report)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +174,9 @@ def tokenize_rows(
     bound = max_length if max_length is not None else _stated_context(tokenizer)
     framing = _framing(columns, tokenizer)
     pieces = [_numbered(number, row, columns, tokenizer, train_on) for number, row in enumerate(rows, start=1)]
-    label_of = [_label(number, row, columns, labels) for number, row in enumerate(rows, start=1)]
+    label_of: list[int | None] = [None] * len(rows)
+    if isinstance(columns, LabelledColumns):
+        label_of[:] = read_labels(rows, columns.label, labels)
     examples: list[Example] = []
     emptied: list[int] = []
     truncated = 0
@@ -161,7 +184,7 @@ def tokenize_rows(
         is_labelled = label_of[number - 1] is not None
         length = len(ids) + framing.length if len(ids) else 0
         if bound is not None and length > bound:
-            _check_may_cut(number, length, bound, truncation)
+            _check_may_cut(place_of(rows[number - 1], number), length, bound, truncation)
             truncated += 1
         has_content = bool(ids) if is_labelled else any(trained)
         example = framing.example(ids, trained, label_of[number - 1], bound) if has_content else None
@@ -169,13 +192,15 @@ def tokenize_rows(
             emptied.append(number)
             continue
         examples.append(example)
+    emptied_at = tuple(place_of(rows[number - 1], number) for number in emptied)
     if rows and not examples:
-        raise DataError(_nothing_left(len(rows), truncated, bound))
+        raise DataError(_nothing_left(emptied_at, truncated, bound))
     report = TokenizationReport(
         rows=len(rows),
         kept=len(examples),
         truncated=truncated,
         emptied=tuple(emptied),
+        emptied_at=emptied_at,
         tokens=sum(len(example) for example in examples),
         trained_tokens=sum(int(example.trained.sum()) for example in examples),
         max_length=bound,
@@ -301,10 +326,8 @@ def _stated_context(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _numbered(
     number: int, row: Row, columns: Columns, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
 ) -> tuple[Segment, ...]:
-    try:
+    with at_place(place_of(row, number)):
         return segments(row, columns, tokenizer, train_on)
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from error
 
 
 def _token_ids(
@@ -328,39 +351,20 @@ def _token_ids(
         yield ids, trained
 
 
-def _label(number: int, row: Row, columns: Columns, labels: tuple[str, ...] | None) -> int | None:
-    if not isinstance(columns, LabelledColumns):
-        return None
-    if not labels:
-        raise DataError("labelled data needs the set of labels; set task=classification task.labels=[...]")
-    try:
-        value = cell(row, columns.label, "data.columns.label")
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from error
-    name = str(value)
-    if name in labels:
-        return labels.index(name)
-    # Files without types (CSV) write an index as text.
-    if not isinstance(value, bool) and name.isascii() and name.isdigit() and int(name) < len(labels):
-        return int(name)
-    raise DataError(
-        f"row {number}: label {value!r} is not in task.labels ({', '.join(labels)}; or 0 to {len(labels) - 1})"
-        f"{nearest(name, labels)}; mend the row, or add the label to task.labels"
-    )
-
-
-def _check_may_cut(number: int, length: int, bound: int, truncation: str) -> None:
+def _check_may_cut(place: Place, length: int, bound: int, truncation: str) -> None:
     if truncation == "refuse":
         raise DataError(
-            f"row {number}: {length} tokens are more than data.max_length={bound}; shorten the row, "
+            f"{place}: {length} tokens are more than data.max_length={bound}; shorten the row, "
             "raise data.max_length up to the model's context, or set data.truncation=truncate"
         )
 
 
-def _nothing_left(rows: int, truncated: int, bound: int | None) -> str:
+def _nothing_left(places: Sequence[Place], truncated: int, bound: int | None) -> str:
     cut = f"; {truncated} were cut to data.max_length={bound}: raise it" if truncated else ""
+    known = f" ({named(places)})" if any(place.source for place in places) else ""
     return (
-        f"none of {_count(rows, 'row')} has anything to learn: texts or completions are empty{cut}; check data.columns"
+        f"none of {_count(len(places), 'row')} has anything to learn: texts or completions are empty{cut}; check "
+        f"data.columns, or leave the records out{known}"
     )
 
 
