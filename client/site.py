@@ -21,9 +21,10 @@ from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import TokenizedRows, tokenize_rows
-from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.datasets import read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
+from finetuning.rows import Row, at_place
 from privacy.plan import PrivacyPlan
 from protocol.cards import SiteCard
 from protocol.errors import DataError, SiteRefusal
@@ -107,10 +108,11 @@ class Site:
     def read_records(self) -> Sequence[Row]:
         """Return the records of `data.source`; only a split column keeps some of them out of training."""
         data = self.file.data
-        rows = read_rows(data.source)
-        if data.split_column is None:
-            return rows
-        return split_rows(rows, data, seed=0)[0]
+        with at_place(f"site {self.file.name}"):
+            rows = read_rows(data.source)
+            if data.split_column is None:
+                return rows
+            return split_rows(rows, data, seed=0)[0]
 
     def _adapted(self, plan: ClientPlan) -> AdaptedModel:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
@@ -146,7 +148,8 @@ class Site:
         tokenized, kept = self._tokenized
         asked = (privacy, key)
         if asked not in self._units:
-            self._units = {asked: units_of(kept, privacy, self.file.data, key)}
+            with at_place(f"site {self.file.name}"):
+                self._units = {asked: units_of(kept, privacy, self.file.data, key)}
         return SiteRecords(tokenized.examples, self._units[asked])
 
 
@@ -154,7 +157,7 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
     """Return the site's records as examples.
 
     Raises:
-        DataError: no record, or one that does not fit its description.
+        DataError: naming the site: no record, none with anything to learn, or one that does not fit its description.
     """
     if not rows:
         raise DataError(
@@ -165,15 +168,16 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         raise DataError(
             f"data.max_length={wanted} is above the model's context of {context} tokens; use at most {context}"
         )
-    return tokenize_rows(
-        rows,
-        file.data.columns,
-        adapted.base.tokenizer,
-        max_length=wanted or context,
-        train_on=file.data.train_on,
-        truncation=file.data.truncation,
-        labels=file.task.labels,
-    )
+    with at_place(f"site {file.name}"):
+        return tokenize_rows(
+            rows,
+            file.data.columns,
+            adapted.base.tokenizer,
+            max_length=wanted or context,
+            train_on=file.data.train_on,
+            truncation=file.data.truncation,
+            labels=file.task.labels,
+        )
 
 
 def open_site(path: Path) -> Site:

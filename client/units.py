@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from client.marks import marks_of
 from conf.schema.data import DataConfig
 from conf.schema.privacy import LocalPrivacy, UserLevel
-from finetuning.datasets import Row, cell
+from finetuning.rows import Place, Row, at_place, cell, place_of
 from protocol.errors import DataError
 
 __all__ = ["Units", "units_of"]
@@ -53,7 +53,7 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
         raise DataError("user-level privacy needs data.user_column, the column that names the person; it is null")
     owned: dict[bytes, list[int]] = {}
     for number, row in enumerate(rows, start=1):
-        owned.setdefault(_user(row, user_column, number), []).append(number - 1)
+        owned.setdefault(_user(row, user_column, place_of(row, number)), []).append(number - 1)
 
     def chosen(positions: list[int]) -> tuple[int, ...]:
         by_hash = sorted(positions, key=lambda position: _hash(key, _content(_read(rows[position], data))))
@@ -64,11 +64,12 @@ def units_of(rows: Sequence[Row], privacy: LocalPrivacy, data: DataConfig, key: 
     return Units(tuple(kept[name] for name in names), tuple(names))
 
 
-def _user(row: Row, column: str, number: int) -> bytes:
-    value = cell(row, column, "data.user_column")
+def _user(row: Row, column: str, place: Place) -> bytes:
+    with at_place(place):
+        value = cell(row, column, "data.user_column")
     if value is None or value == "":
         raise DataError(
-            f"row {number} has no value in data.user_column={column!r}; a record of nobody cannot be protected as "
+            f"{place} has no value in data.user_column={column!r}; a record of nobody cannot be protected as "
             "somebody's: fill it in, or remove the row"
         )
     return str(value).encode()  # 5 in JSON and "5" in CSV are one person

@@ -100,7 +100,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     parser, parsed, problems = OverridesParser.create(), list[Override](), list[str]()
     for line in overrides:
         try:
-            override = parser.parse_override(line)
+            override = parser.parse_override(_quoted_home(line))
         except HydraException:
             override = None
         if override is not None and override.key_or_group:
@@ -111,6 +111,14 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
                 "brackets, braces, commas or an equals sign: \"key='a, b'\""
             )
     return parsed, problems
+
+
+def _quoted_home(line: str) -> str:
+    """Quote each value of `path=~/folder`: Hydra's grammar has no `~` in a value."""
+    key, equals, value = line.partition("=")
+    if not value.startswith("~") or any(mark in value for mark in "'\"\\[]{}()"):
+        return line
+    return key + equals + ",".join(f"'{part}'" if part.startswith("~") else part for part in value.split(","))
 
 
 def _chooses_nothing(override: Override) -> bool:

@@ -65,9 +65,7 @@ class _Names:
         self._numbers_are_names = any(number is not None for number in numbers)
         # A number in a typed file is the name of equal value, where only one is.
         self._index_of_number = {
-            number: index
-            for index, number in enumerate(numbers)
-            if number is not None and numbers.count(number) == 1
+            number: index for index, number in enumerate(numbers) if number is not None and numbers.count(number) == 1
         }
 
     def read(self, value: object) -> tuple[int, bool]:
@@ -90,14 +88,14 @@ class _Names:
         if isinstance(value, bool):
             return self._index_of.get(str(value), self._index_of.get(str(value).lower()))  # JSON writes true
         if isinstance(value, int | float | Decimal):
-            exact = self._index_of.get(str(value))
-            return self._index_of_number.get(_number(value)) if exact is None else exact
+            number = _number(value)
+            return None if number is None else self._index_of.get(str(value), self._index_of_number.get(number))
         return None
 
     def _unknown(self, value: object) -> str:
         listed = ", ".join(self._labels)
         if self._numbers_are_names:
-            known = f"({listed}); as these are numbers, a label is always a name, never an index"
+            known = f"({listed}); with numbers among them, a label is always a name, never an index"
         else:
             known = f"({listed}; or 0 to {len(self._labels) - 1})"
         if isinstance(value, StoredName):

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 from protocol.errors import DataError
 
-__all__ = ["Place", "Row", "SourceRow", "StoredName", "at_place", "cell", "missing_column", "named", "nearest", "place_of"]
+__all__ = [
+    "Place",
+    "Row",
+    "SourceRow",
+    "StoredName",
+    "at_place",
+    "cell",
+    "missing_column",
+    "named",
+    "nearest",
+    "place_of",
+]
 
 Row = Mapping[str, object]
 

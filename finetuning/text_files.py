@@ -50,7 +50,9 @@ def _row_of_line(place: Place, line: bytes) -> Iterator[Row]:
     except ValueError as error:
         # A JSONDecodeError's own text counts lines within this one.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise DataError(f"{place}: not valid JSON ({reason}); write one complete object per line, as json.dumps does") from error
+        raise DataError(
+            f"{place}: not valid JSON ({reason}); write one complete object per line, as json.dumps does"
+        ) from error
     except RecursionError as error:
         raise DataError(f"{place}: nested too deeply to read; flatten the object") from error
     if not isinstance(value, dict):
@@ -94,7 +96,7 @@ def _check_text(place: Place, row: dict[str, object]) -> None:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise DataError(
-                f"{place}: column {ascii(column)} holds half of a character ({half}, a surrogate without its other "
+                f"{place}: column {column!a} holds half of a character ({half}, a surrogate without its other "
                 "half), which is no text; write the whole character, or \\ufffd in its place"
             ) from error
 
@@ -105,14 +107,12 @@ def _not_utf8(place: Place, error: UnicodeDecodeError) -> DataError:
 
 def _line_that_is_not_utf8(file: Path) -> Place:
     """Return the first such line. A reader of text decodes ahead of the line that it is at."""
-    number = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                break
-    return Place(str(file), "line", number)
+    content = file.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return Place(str(file), "line", content.count(b"\n", 0, error.start) + 1)
+    raise AssertionError(f"{file} is UTF-8, or has changed")
 
 
 def rows_of_csv(file: Path) -> Iterator[Row]:

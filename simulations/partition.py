@@ -17,7 +17,7 @@ from conf.schema.data import (
     Partition,
     SizeSkewedPartition,
 )
-from finetuning.datasets import Row, cell, nearest
+from finetuning.rows import Row, at_place, cell, nearest, place_of
 from protocol.errors import DataError
 
 __all__ = [
@@ -133,18 +133,17 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
     found: dict[str, list[Row]] = {}
     values: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        try:
+        place = place_of(row, number)
+        with at_place(place):
             value = cell(row, config.key, "data.partition.key")
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
         if value is None or value == "":
             raise DataError(
-                f"row {number}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
+                f"{place}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
             )
         name = config.site_of(value)
         if values.setdefault(name, str(value)) != str(value):
             raise DataError(
-                f"row {number}: sites {values[name]!r} and {str(value)!r} would both be called {name!r}; rename one"
+                f"{place}: sites {values[name]!r} and {str(value)!r} would both be called {name!r}; rename one"
             )
         found.setdefault(name, []).append(row)
     if config.sites is None:
@@ -191,7 +190,8 @@ def _dirichlet_owners(rows: Sequence[Row], config: DirichletPartition, seed: int
     """Draw each label's shares over the sites, anew until every site has a record."""
     by_label: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        by_label.setdefault(str(cell(row, config.label, "data.partition.label")), []).append(index)
+        with at_place(place_of(row, index + 1)):
+            by_label.setdefault(str(cell(row, config.label, "data.partition.label")), []).append(index)
     generator = np.random.default_rng(seed)
     owners = np.zeros(len(rows), dtype=np.int64)
     empty = np.zeros(0, dtype=np.int64)
