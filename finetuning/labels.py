@@ -102,7 +102,7 @@ class _Names:
             origin, fix = ", the name that the file itself gives to the class,", "name the classes in task.labels alike"
         else:
             origin, fix = " (missing)" if _is_missing(value) else "", "mend the row, or add the label to task.labels"
-        return f"label {value!r}{origin} is not in task.labels {known}{nearest(str(value), self._labels)}; {fix}"
+        return f"label {value!r:.60}{origin} is not in task.labels {known}{nearest(str(value), self._labels)}; {fix}"
 
 
 def _number(value: object) -> Decimal | None:
@@ -133,6 +133,6 @@ def _is_missing(value: object) -> bool:
 def _mixture(value: object, by_name: bool, place: Place, earlier: object) -> str:
     this, other = ("a name", "an index") if by_name else ("an index", "a name")
     return (
-        f"label {value!r} is {this} of task.labels, and {earlier!r} at {place} is {other}: a data set that mixes them "
-        "may count from another list; write the names everywhere"
+        f"label {value!r:.60} is {this} of task.labels, and {earlier!r:.60} at {place} is {other}: a data set that "
+        "mixes them may count from another list; write the names everywhere"
     )

@@ -91,8 +91,11 @@ def test_names_and_indices_do_not_mix(labels: list[object], at: int) -> None:
         "Yes",
         "yes ",
         1e300,
-    ]
-    + [float("inf"), [0], {"name": "yes"}, b"yes"],
+        float("inf"),
+        [0],
+        {"name": "yes"},
+        b"yes",
+    ],
 )
 def test_what_is_neither_name_nor_index(label: object) -> None:
     with pytest.raises(

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -48,19 +47,19 @@ def test_each_file_of_a_folder_counts_for_itself(tmp_path: Path) -> None:
     assert found == places(tmp_path / "a.jsonl", "line", 1, 2) + places(tmp_path / "b.jsonl", "line", 1, 2)
 
 
-def test_a_row_keeps_its_place_when_split_copied_and_pickled() -> None:
+def test_a_row_keeps_its_place_when_split_copied() -> None:
     rows = [SourceRow({"n": at}, Place("a.csv", "line", at)) for at in range(50)]
     config = DataConfig.model_validate({"source": {"path": "x"}, "columns": {"kind": "text"}, "max_records": 30})
     for side in split_rows(rows, config, seed=4):
         assert [place_of(row, 0).number for row in side] == [row["n"] for row in side]
-    for again in (copy.copy(rows[7]), copy.deepcopy(rows[7]), pickle.loads(pickle.dumps(rows[7]))):
+    for again in (copy.copy(rows[7]), copy.deepcopy(rows[7])):
         assert (again, place_of(again, 0)) == ({"n": 7}, Place("a.csv", "line", 7))
     assert str(place_of({"n": 1}, 3)) == "row 3"
 
 
 def test_places_are_named_by_file_and_not_all() -> None:
     assert named([Place("a", "line", at) for at in range(12)]) == "lines 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 of a, ..."
-    with pytest.raises(DataError, match="^a: wrong$"), at_place("a"):
+    with pytest.raises(DataError, match=r"^a: wrong$"), at_place("a"):
         raise DataError("wrong")
 
 
@@ -192,7 +191,7 @@ def test_rows_left_out_are_named_by_their_place_in_a_joined_report_too() -> None
 def test_a_missing_split_value_is_reported_at_its_place() -> None:
     config = DataConfig.model_validate({"source": {"path": "x"}, "columns": {"kind": "text"}, "split_column": "split"})
     rows = source_rows({"split": "train"}, {"text": "a"})
-    with pytest.raises(DataError, match="^a.jsonl, line 11: no column 'split'"):
+    with pytest.raises(DataError, match=r"^a\.jsonl, line 11: no column 'split'"):
         split_rows(rows, config, seed=0)
     assert rows_in_use(source_rows({"split": "test"}, {"split": "heldout"}), config) == [{"split": "heldout"}]
 
