@@ -13,12 +13,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cli.paths import at_home
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from conf.schema.data import DataConfig
-    from finetuning.batches import Example
-    from finetuning.datasets import Row
+    from conf.schema.experiment import Experiment
+    from finetuning.batches import Example, TokenizedRows
+    from finetuning.rows import Row
 
 __all__ = [
     "app",
@@ -58,11 +61,14 @@ def preview(
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="tokenized examples to print")] = 3,
     site: Annotated[str | None, typer.Option(help="only the records of this site; all sites if not given")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw who holds what as .svg, .png or .pdf")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=at_home, help="draw who holds what as .svg, .png or .pdf")
+    ] = None,
 ) -> None:
     """Print tokenized examples (learned tokens in ⟦green⟧), their lengths, and who holds what."""
     from conf.compose import compose_experiment
-    from finetuning.batches import tokenize_rows
+    from finetuning.batches import TokenizedRows
+    from finetuning.labels import label_legend
     from finetuning.models import load_tokenizer, stated_context
     from finetuning.tokenizing import sequence_bound
     from simulations.partition import plot_partition, who_holds_what
@@ -74,16 +80,11 @@ def preview(
     parts = _chosen(population.parts, site)
     train = [row for rows in parts.values() for row in rows]
     tokenizer = load_tokenizer(experiment.model)
-    tokenized = tokenize_rows(
-        train,
-        config.columns,
-        tokenizer,
-        max_length=sequence_bound(config.max_length, tokenizer, stated_context(experiment.model)),
-        train_on=config.train_on,
-        truncation=config.truncation,
-        special_tokens=config.special_tokens,
-        labels=labels,
+    longest = sequence_bound(config.max_length, tokenizer, stated_context(experiment.model))
+    tokenized = TokenizedRows.joined(
+        [_tokenized(f"site {name}", rows, experiment, tokenizer, longest) for name, rows in parts.items()]
     )
+    heldout = _tokenized("held-out records", population.heldout, experiment, tokenizer, longest)
     console = Console()
     for number, example in enumerate(tokenized.examples[:examples], start=1):
         label = "" if labels is None or example.label is None else f", label {labels[example.label]}"
@@ -96,9 +97,15 @@ def preview(
     sizes = f"{len(train)} training records, {len(population.heldout)} held out in all"
     console.print(Text(f"{where}: {sizes}", style="bold"))
     for sentence in tokenized.report.sentences():
-        console.print(Text(f"  {sentence}"))
+        console.print(Text(f"  {sentence}"), soft_wrap=True)
     if config.user_column is not None:
         console.print(Text(f"  {people_sentence(train, config.user_column)}"), soft_wrap=True)
+    for sentence in heldout.report.sentences()[1:]:
+        console.print(Text(f"  held out: {sentence}"), soft_wrap=True)
+    if config.columns.kind == "labelled" and labels is not None:
+        legend = label_legend(train, config.columns.label, labels)
+        if legend is not None:
+            console.print(Text(f"  {legend}"), soft_wrap=True)
     console.print(length_histogram([len(example) for example in tokenized.examples]))
     column = _telling_column(config)
     held = who_holds_what(population.parts, column)
@@ -241,8 +248,28 @@ def _content_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Itera
         yield learned, list(dropwhile(special.__contains__, run))
 
 
+def _tokenized(
+    name: str, rows: Sequence[Row], experiment: Experiment, tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> TokenizedRows:
+    from finetuning.batches import tokenize_rows
+    from finetuning.rows import at_place
+
+    config = experiment.data
+    with at_place(name):
+        return tokenize_rows(
+            rows,
+            config.columns,
+            tokenizer,
+            max_length=longest,
+            train_on=config.train_on,
+            truncation=config.truncation,
+            special_tokens=config.special_tokens,
+            labels=experiment.task.labels,
+        )
+
+
 def _chosen(parts: Mapping[str, Sequence[Row]], site: str | None) -> Mapping[str, Sequence[Row]]:
-    from finetuning.datasets import nearest
+    from finetuning.rows import nearest
     from protocol.errors import DataError
 
     if site is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.outputs import FIGURES, check_output
+from cli.paths import at_home, expanded_path
 
 if TYPE_CHECKING:
     from privacy.ledger.budget import Budget
@@ -20,15 +21,19 @@ __all__ = ["app"]
 
 app = typer.Typer(help="What a site has spent, and whether its record of that is whole.", no_args_is_help=True)
 
-SiteOption = Annotated[Path | None, typer.Option("--site", help="the site's own file (YAML)")]
+SiteOption = Annotated[Path | None, typer.Option("--site", callback=at_home, help="the site's own file (YAML)")]
 LedgerOption = Annotated[
     str | None, typer.Option("--ledger", help="a ledger's path, or postgresql+psycopg://user@host/database")
 ]
 KeysOption = Annotated[
-    Path | None, typer.Option("--keys", help="the folder of ledger.key and ledger.pub; default: beside the ledger")
+    Path | None,
+    typer.Option(
+        "--keys", callback=at_home, help="the folder of ledger.key and ledger.pub; default: beside the ledger"
+    ),
 ]
 PublicKeyOption = Annotated[
-    Path | None, typer.Option("--public-key", help="the site's ledger.pub, as the site handed it over")
+    Path | None,
+    typer.Option("--public-key", callback=at_home, help="the site's ledger.pub, as the site handed it over"),
 ]
 HeadOption = Annotated[
     str | None,
@@ -60,7 +65,9 @@ class _Place:
 def show(
     site: SiteOption = None,
     ledger: LedgerOption = None,
-    plot: Annotated[Path | None, typer.Option(help="draw the burn-down as .png, .svg or .pdf")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=at_home, help="draw the burn-down as .png, .svg or .pdf")
+    ] = None,
     last: Annotated[int, typer.Option(min=0, help="entries to list, the latest")] = 20,
 ) -> None:
     """Print budget, spending per run, burn-down, and the latest entries."""
@@ -116,7 +123,7 @@ def verify(
 
 @app.command()
 def export(
-    output: Annotated[Path, typer.Argument(help="the file to write")],
+    output: Annotated[Path, typer.Argument(callback=at_home, help="the file to write")],
     site: SiteOption = None,
     ledger: LedgerOption = None,
     keys: KeysOption = None,
@@ -230,7 +237,8 @@ def _place(site: Path | None, ledger: str | None, keys: Path | None) -> _Place:
     if (site is None) == (ledger is None):
         raise ConfigError("name one ledger: either --site site.yaml or --ledger PATH_OR_URL")
     if ledger is not None:
-        return _Place(ledger, keys or (None if "://" in ledger else Path(ledger).parent))
+        location = expanded_path(ledger)
+        return _Place(location, keys or (None if "://" in location else Path(location).parent))
     assert site is not None
     from client.site import read_site_file
     from privacy.ledger.budget import Budget

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.outputs import FIGURES, check_output
+from cli.paths import at_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -55,7 +56,9 @@ def plan_command(
     records: Annotated[
         str | None, typer.Option("--records", help="Published counts of real sites instead of the simulated ones.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure.", metavar="FILE.png")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", callback=at_home, help="Write a figure.", metavar="FILE.png")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON alone.")] = False,
 ) -> None:
     """Show noise, ε per round, and signal against noise, for each site; what other settings would do; what cannot be.

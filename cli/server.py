@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.paths import at_home
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,16 +20,20 @@ __all__ = ["ServerOption", "app"]
 app = typer.Typer(help="Set up, start and check a federation's server.", no_args_is_help=True)
 
 Folder = Annotated[
-    Path | None, typer.Argument(metavar="DIR", help="the server's folder; default $CLOISTER_SERVER, or .")
+    Path | None,
+    typer.Argument(metavar="DIR", callback=at_home, help="the server's folder; default $CLOISTER_SERVER, or ."),
 ]
 ServerOption = Annotated[
-    Path | None, typer.Option("--server", metavar="DIR", help="the server's folder; default $CLOISTER_SERVER, or .")
+    Path | None,
+    typer.Option(
+        "--server", metavar="DIR", callback=at_home, help="the server's folder; default $CLOISTER_SERVER, or ."
+    ),
 ]
 
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
+    path: Annotated[Path, typer.Argument(metavar="DIR", callback=at_home, help="a new folder")],
     san: Annotated[
         list[str] | None, typer.Option("--san", help="host name or address by which sites reach it; may be repeated")
     ] = None,
@@ -115,7 +121,9 @@ def check(path: Folder = None) -> None:
 
 @app.command()
 def register(
-    public_key: Annotated[Path, typer.Argument(metavar="SITE.pub", help="the public half of a site's node key")],
+    public_key: Annotated[
+        Path, typer.Argument(metavar="SITE.pub", callback=at_home, help="the public half of a site's node key")
+    ],
     server: ServerOption = None,
 ) -> None:
     """Let a site's SuperNode in; its private key never leaves the site."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.paths import at_home
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,10 +27,12 @@ def simulate_command(
         bool, typer.Option("-m", "--multirun", help="Run every combination of comma-separated values.")
     ] = False,
     repeat: Annotated[
-        Path | None, typer.Option("--from", help="Repeat the experiment of this run directory.", metavar="RUN")
+        Path | None,
+        typer.Option("--from", callback=at_home, help="Repeat the experiment of this run directory.", metavar="RUN"),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with this interrupted run directory.", metavar="RUN")
+        Path | None,
+        typer.Option("--resume", callback=at_home, help="Go on with this interrupted run directory.", metavar="RUN"),
     ] = None,
 ) -> None:
     """Simulate a federation on this machine; with no argument, four synthetic clinics train privately at ε = 8."""

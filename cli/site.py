@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from cli.paths import at_home, expanded_path
+
 if TYPE_CHECKING:
     from client.approvals import Approvals
 
@@ -14,7 +16,7 @@ __all__ = ["app"]
 
 app = typer.Typer(help="A site: its own process, what it agrees to, whether it is ready.", no_args_is_help=True)
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="the site's own file (YAML)")]
+ConfigOption = Annotated[Path, typer.Option("--config", callback=at_home, help="the site's own file (YAML)")]
 SITE_YAML = Path("site.yaml")
 
 
@@ -140,7 +142,7 @@ def allow_bundle_command(
     from client.bundles import BUNDLES_FILE, allow_bundle, bundle_digest, own_bundle_digest
     from client.site_file import read_site_file
 
-    path = Path(read_site_file(config).state_directory) / BUNDLES_FILE
+    path, bundle = Path(read_site_file(config).state_directory) / BUNDLES_FILE, expanded_path(bundle)
     if not bundle:
         allow_bundle(path, own_bundle_digest(), "this release's own bundle")
     elif Path(bundle).is_file():
@@ -232,7 +234,7 @@ def init(
 
 def _absolute(path: str) -> str:
     """Return a path that holds wherever the site is started from; no path, and embedded:clinics, stay."""
-    return path if not path or ":" in path else str(Path(path).absolute())
+    return path if not path or ":" in path else str(Path(expanded_path(path)).absolute())
 
 
 def _text(value: object) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.paths import at_home, expanded_path
 from cli.study_grids import bits, ranks, strategies
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def baselines(
     from simulations.studies import Member, run_baselines
 
     given = experiment.logging.directory
-    path = Path(given) if given else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-baselines"
+    path = Path(expanded_path(given)) if given else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-baselines"
     with ExitStack() as displays:
 
         def observers_of(member: Member):
@@ -64,7 +65,7 @@ def robustness(
     rules: Annotated[str, typer.Option(help="comma-separated; default: seven; all: every rule")] = "default",
     attacks: Annotated[str, typer.Option(help="comma-separated; default: five; all: every attack")] = "default",
     fractions: Annotated[str, typer.Option(help="shares of attackers, comma-separated")] = "0.2",
-    out: Annotated[Path, typer.Option(help="results; a study that was stopped goes on there")] = Path(
+    out: Annotated[Path, typer.Option(callback=at_home, help="results; a study that was stopped goes on there")] = Path(
         "runs/robustness"
     ),
     workers: Annotated[int, typer.Option(min=1, help="cells at a time, each in its own process")] = 2,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.paths import at_home
+
 if TYPE_CHECKING:
     from simulations.study_cells import Cell, Line
     from simulations.study_grids import Grid
@@ -16,7 +18,9 @@ __all__ = ["bits", "ranks", "strategies"]
 
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides of every cell, such as peft.rank=4")]
 _Sets = Annotated[str, typer.Option(help="clinics, medquad, ..., comma-separated; all: those that are there")]
-_Data = Annotated[Path | None, typer.Option(envvar="CLOISTER_DATA", help="folder of public sets (docs/studies.md)")]
+_Data = Annotated[
+    Path | None, typer.Option(envvar="CLOISTER_DATA", callback=at_home, help="folder of public sets (docs/studies.md)")
+]
 _Epsilons = Annotated[str, typer.Option(help="privacy of each site, comma-separated; inf: none")]
 _Partitions = Annotated[str, typer.Option(help="iid, dirichlet:ALPHA, own; comma-separated")]
 _Sites = Annotated[str, typer.Option(help="numbers of sites, comma-separated")]
@@ -25,7 +29,9 @@ _Steps = Annotated[int, typer.Option(min=1, help="local steps of a round")]
 _Records = Annotated[float, typer.Option(min=1, help="expected records per step, over all sites")]
 _Seeds = Annotated[str, typer.Option(help="comma-separated; each repeats the whole grid")]
 _Rates = Annotated[str, typer.Option(help="factors on the learning rate to try; tables keep the best")]
-_Out = Annotated[Path, typer.Option(help="folder of the results; a study that was stopped goes on there")]
+_Out = Annotated[
+    Path, typer.Option(callback=at_home, help="folder of the results; a study that was stopped goes on there")
+]
 _Workers = Annotated[int, typer.Option(min=1, help="cells at a time, each in its own process with one thread")]
 
 

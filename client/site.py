@@ -22,10 +22,11 @@ from conf.schema.privacy import LocalPrivacy, UserLevel
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import TokenizedRows, tokenize_rows
-from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.datasets import read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
 from finetuning.people import People, people_of
+from finetuning.rows import Row, at_place
 from finetuning.tokenization_report import TokenizationReport
 from finetuning.tokenizing import sequence_bound
 from finetuning.vocabulary import check_fits
@@ -120,10 +121,11 @@ class Site:
     def read_records(self) -> Sequence[Row]:
         """Return the records of `data.source`; only a split column keeps some of them out of training."""
         data = self.file.data
-        rows = read_rows(data.source)
-        if data.split_column is None:
-            return rows
-        return split_rows(rows, data, seed=0)[0]
+        with at_place(f"site {self.file.name}"):
+            rows = read_rows(data.source)
+            if data.split_column is None:
+                return rows
+            return split_rows(rows, data, seed=0)[0]
 
     def _adapted(self, plan: ClientPlan) -> AdaptedModel:
         # The site's own copy, whatever the plan calls the base: a server must not make a site read or download things.
@@ -161,7 +163,8 @@ class Site:
         asked = (privacy, key)
         if asked not in self._units:
             self._check_people(rows, privacy)
-            self._units = {asked: units_of(kept_rows(rows, tokenized), privacy, self.file.data, key)}
+            with at_place(f"site {self.file.name}"):
+                self._units = {asked: units_of(kept_rows(rows, tokenized), privacy, self.file.data, key)}
         return SiteRecords(tokenized.examples, self._units[asked])
 
     def _say(self, report: TokenizationReport) -> None:
@@ -176,7 +179,8 @@ class Site:
         column = self.file.data.user_column
         if not isinstance(privacy, UserLevel) or column is None or self._people is not None:
             return
-        self._people = people_of(rows, column)
+        with at_place(f"site {self.file.name}"):
+            self._people = people_of(rows, column)
         if self._people.joined:
             _log.warning("site %s: %s", self.file.name, self._people.sentence(column))
 
@@ -191,7 +195,7 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
     """Return the site's records as examples.
 
     Raises:
-        DataError: no record, or one that does not fit its description.
+        DataError: naming the site: no record, none with anything to learn, or one that does not fit its description.
         ModelError: one that does not fit the model.
     """
     if not rows:
@@ -199,16 +203,17 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
             f"site {file.name} has no training record; check data.source, data.split_column and the partition"
         )
     data, tokenizer = file.data, adapted.base.tokenizer
-    tokenized = tokenize_rows(
-        rows,
-        data.columns,
-        tokenizer,
-        max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
-        train_on=data.train_on,
-        truncation=data.truncation,
-        special_tokens=data.special_tokens,
-        labels=file.task.labels,
-    )
+    with at_place(f"site {file.name}"):
+        tokenized = tokenize_rows(
+            rows,
+            data.columns,
+            tokenizer,
+            max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
+            train_on=data.train_on,
+            truncation=data.truncation,
+            special_tokens=data.special_tokens,
+            labels=file.task.labels,
+        )
     check_fits(adapted.base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
     return tokenized
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from client.marks import marks_of
 from conf.schema.data import DataConfig
 from conf.schema.privacy import LocalPrivacy, UserLevel
-from finetuning.datasets import Row
 from finetuning.people import people_of
+from finetuning.rows import Row
 from protocol.errors import DataError
 
 __all__ = ["Units", "units_of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from conf.schema.data import ChatColumns, Columns, LabelledColumns
-from finetuning.datasets import Row, cell, check_columns, nearest
+from finetuning.datasets import check_columns
+from finetuning.labels import read_labels
 from finetuning.prompts import Segment, TrainOn, segments
+from finetuning.rows import Place, Row, at_place, named, place_of
 from finetuning.special_tokens import NO_SPECIALS, SpecialTokens
 from finetuning.special_tokens import special_tokens as known_specials
 from finetuning.tokenization_report import TokenizationReport, counted
@@ -56,6 +59,27 @@ class TokenizedRows:
 
     examples: tuple[Example, ...]
     report: TokenizationReport
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenizedRows]) -> TokenizedRows:
+        """Return several parts, at least one and tokenized alike, as one."""
+        reports = [part.report for part in parts]
+        starts = accumulate((report.rows for report in reports), initial=0)
+        report = TokenizationReport(
+            rows=sum(report.rows for report in reports),
+            kept=sum(report.kept for report in reports),
+            truncated=sum(report.truncated for report in reports),
+            emptied=tuple(start + at for start, report in zip(starts, reports, strict=False) for at in report.emptied),
+            emptied_at=tuple(place for report in reports for place in report.emptied_at),
+            tokens=sum(report.tokens for report in reports),
+            trained_tokens=sum(report.trained_tokens for report in reports),
+            max_length=reports[0].max_length,
+            merged=sum(report.merged for report in reports),
+            specials=sum(report.specials for report in reports),
+            rows_with_specials=sum(report.rows_with_specials for report in reports),
+            special_tokens=reports[0].special_tokens,
+        )
+        return cls(tuple(example for part in parts for example in part.examples), report)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,8 +147,11 @@ def tokenize_rows(
     pieces = [
         _numbered(number, row, columns, tokenizer, train_on, specials) for number, row in enumerate(rows, start=1)
     ]
-    texts = tokenize_segments(pieces, tokenizer, special_tokens)
-    label_of = [_label(number, row, columns, labels) for number, row in enumerate(rows, start=1)]
+    places = [place_of(row, number) for number, row in enumerate(rows, start=1)]
+    texts = tokenize_segments(pieces, tokenizer, special_tokens, places)
+    label_of: list[int | None] = [None] * len(rows)
+    if isinstance(columns, LabelledColumns):
+        label_of[:] = read_labels(rows, columns.label, labels)
     examples: list[Example] = []
     emptied: list[int] = []
     truncated = 0
@@ -133,7 +160,7 @@ def tokenize_rows(
         is_labelled = label_of[number - 1] is not None
         length = len(ids) + framing.length if len(ids) else 0
         if bound is not None and length > bound:
-            _check_may_cut(number, length, bound, truncation)
+            _check_may_cut(places[number - 1], length, bound, truncation)
             truncated += 1
         has_content = bool(ids) if is_labelled else any(trained)
         example = framing.example(ids, trained, label_of[number - 1], bound) if has_content else None
@@ -141,13 +168,15 @@ def tokenize_rows(
             emptied.append(number)
             continue
         examples.append(example)
+    emptied_at = tuple(places[number - 1] for number in emptied)
     if rows and not examples:
-        raise DataError(_nothing_left(len(rows), truncated, bound))
+        raise DataError(_nothing_left(emptied_at, truncated, bound))
     report = TokenizationReport(
         rows=len(rows),
         kept=len(examples),
         truncated=truncated,
         emptied=tuple(emptied),
+        emptied_at=emptied_at,
         tokens=sum(len(example) for example in examples),
         trained_tokens=sum(int(example.trained.sum()) for example in examples),
         max_length=bound,
@@ -296,43 +325,22 @@ def _numbered(
     train_on: TrainOn,
     specials: SpecialTokens,
 ) -> tuple[Segment, ...]:
-    try:
+    with at_place(place_of(row, number)):
         return segments(row, columns, tokenizer, train_on, specials)
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from error
 
 
-def _label(number: int, row: Row, columns: Columns, labels: tuple[str, ...] | None) -> int | None:
-    if not isinstance(columns, LabelledColumns):
-        return None
-    if not labels:
-        raise DataError("labelled data needs the set of labels; set task=classification task.labels=[...]")
-    try:
-        value = cell(row, columns.label, "data.columns.label")
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from error
-    name = str(value)
-    if name in labels:
-        return labels.index(name)
-    # Files without types (CSV) write an index as text.
-    if not isinstance(value, bool) and name.isascii() and name.isdigit() and int(name) < len(labels):
-        return int(name)
-    raise DataError(
-        f"row {number}: label {value!r} is not in task.labels ({', '.join(labels)}; or 0 to {len(labels) - 1})"
-        f"{nearest(name, labels)}; mend the row, or add the label to task.labels"
-    )
-
-
-def _check_may_cut(number: int, length: int, bound: int, truncation: str) -> None:
+def _check_may_cut(place: Place, length: int, bound: int, truncation: str) -> None:
     if truncation == "refuse":
         raise DataError(
-            f"row {number}: {length} tokens are more than data.max_length={bound}; shorten the row, "
+            f"{place}: {length} tokens are more than data.max_length={bound}; shorten the row, "
             "raise data.max_length up to the model's context, or set data.truncation=truncate"
         )
 
 
-def _nothing_left(rows: int, truncated: int, bound: int | None) -> str:
+def _nothing_left(places: Sequence[Place], truncated: int, bound: int | None) -> str:
     cut = f"; {truncated} were cut to data.max_length={bound}: raise it" if truncated else ""
+    known = f" ({named(places)})" if any(place.source for place in places) else ""
     return (
-        f"none of {counted(rows, 'row')} has anything to learn: texts or completions are empty{cut}; check data.columns"
+        f"none of {counted(len(places), 'row')} has anything to learn: texts or completions are empty{cut}; check "
+        f"data.columns, or leave the records out{known}"
     )

@@ -1,32 +1,22 @@
 """Rows from files, folders and the hub; every fault is a `DataError` that says where it is and how to mend it.
 
-JSON lines and CSV are read as they stand: no type is guessed (`datasets` turns the label 007 into 7, the answer NA into
-a missing value, and shifts the cells of an overlong CSV line), and a fault has a line number. The other formats go
-through `datasets`, whose cache is a temporary folder: nothing is written beside private data, no copy of it is left
-behind, and no pickle is read.
+How each format is read: `finetuning.text_files` and `finetuning.typed_files`. Each row knows its file and line.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 import random
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 from conf.schema.data import Columns, DataConfig, DataSource
+from finetuning.rows import Row, at_place, cell, missing_column, nearest, place_of
+from finetuning.text_files import rows_of_csv, rows_of_json
+from finetuning.typed_files import rows_of_arrow, rows_of_hub, rows_of_parquet, rows_of_saved_folder
 from protocol.errors import DataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-__all__ = ["Row", "cell", "check_columns", "limit_rows", "nearest", "read_rows", "split_rows"]
-
-Row = Mapping[str, object]
+__all__ = ["Row", "cell", "check_columns", "limit_rows", "nearest", "read_rows", "rows_in_use", "split_rows"]
 
 _FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -38,7 +28,6 @@ _FORMAT_OF_SUFFIX = {
     ".arrow": "arrow",
 }
 _ARROW_MARKERS = ("state.json", "dataset_dict.json")
-_PLAIN_HUB_BUILDERS = frozenset({"arrow", "csv", "json", "parquet", "text"})
 
 
 def read_rows(source: DataSource) -> list[Row]:
@@ -56,11 +45,11 @@ def read_rows(source: DataSource) -> list[Row]:
         DataError: the file is missing, empty, malformed, or of an unknown type.
     """
     if source.format == "hub":
-        return _from_hub(source)
+        return rows_of_hub(source)
     path = _existing(_resolved(source.path))
     rows: list[Row]
     if path.is_dir() and any((path / marker).exists() for marker in _ARROW_MARKERS):
-        rows = _from_saved_folder(path, source.split)
+        rows = rows_of_saved_folder(path, source.split)
     else:
         rows = [row for file in _files_of(path, source.format) for row in _from_file(file, source.format)]
     if not rows:
@@ -93,6 +82,14 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
     return train, [row for row, held in zip(chosen, is_heldout, strict=True) if held]
 
 
+def rows_in_use(rows: Iterable[Row], config: DataConfig) -> list[Row]:
+    """Return the rows that some seed could train on or hold out: all but those that the split column leaves out."""
+    if config.split_column is None:
+        return list(rows)
+    sides = (config.train_value, config.heldout_value)
+    return [row for row in rows if str(row.get(config.split_column)) in sides]
+
+
 def limit_rows(rows: Sequence[Row], most: int | None, draw: random.Random) -> list[Row]:
     """Return all rows, or `most` of them drawn without replacement, in their order."""
     if most is None or len(rows) <= most:
@@ -115,40 +112,11 @@ def check_columns(rows: Iterable[Row], columns: Columns) -> None:
     for field, name in wanted.items():
         if name not in present:
             extra = "; or null if the data has none" if field == "input" else ""
-            raise DataError(_missing_column(name, present, f"data.columns.{field}", extra))
-
-
-def cell(row: Row, column: str, setting: str) -> object:
-    """Return the value of a column in one row; `setting` is the configuration key that names the column.
-
-    Raises:
-        DataError: the row has no such column.
-    """
-    if column not in row:
-        raise DataError(_missing_column(column, row, setting))
-    return row[column]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the most similar known name, or nothing.
-
-    >>> nearest("promt", ["completion", "prompt"])
-    "; did you mean 'prompt'?"
-    >>> nearest("zebra", ["prompt"])
-    ''
-    """
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _missing_column(column: str, present: Iterable[str], setting: str, extra: str = "") -> str:
-    names = [str(name) for name in present]
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"no column {column!r}; present: {shown or 'none'}{nearest(column, names)}; set {setting}=<column>{extra}"
+            raise DataError(missing_column(name, present, f"data.columns.{field}", extra))
 
 
 def _split_by_column(rows: Sequence[Row], config: DataConfig, column: str) -> tuple[list[Row], list[Row]]:
-    check = [str(cell(row, column, "data.split_column")) for row in rows]
+    check = [_split_value(row, column, number) for number, row in enumerate(rows, start=1)]
     train = [row for row, value in zip(rows, check, strict=True) if value == config.train_value]
     heldout = [row for row, value in zip(rows, check, strict=True) if value == config.heldout_value]
     found = sorted(set(check))
@@ -165,15 +133,18 @@ def _split_by_column(rows: Sequence[Row], config: DataConfig, column: str) -> tu
     return train, heldout
 
 
-def _resolved(path: str) -> Path:
-    if path.startswith("embedded:"):
-        from finetuning.embedded import resolve
+def _split_value(row: Row, column: str, number: int) -> str:
+    with at_place(place_of(row, number)):
+        return str(cell(row, column, "data.split_column"))
 
-        try:
-            return Path(resolve(path))
-        except (KeyError, ValueError) as error:
-            raise DataError(f"{error}; set data.source.path") from error
-    return Path(path).expanduser()
+
+def _resolved(path: str) -> Path:
+    from finetuning.embedded import resolve
+
+    try:
+        return Path(resolve(path))
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{error}; set data.source.path") from error
 
 
 def _existing(path: Path) -> Path:
@@ -221,175 +192,9 @@ def _from_file(file: Path, given: str) -> Iterable[Row]:
     return _READERS[kind](file)
 
 
-def _from_jsonl(file: Path) -> Iterable[Row]:
-    with file.open("rb") as lines:
-        if lines.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            return _from_json_array(file)
-        lines.seek(0)
-        return [row for number, line in enumerate(lines, start=1) for row in _json_row(file, number, line)]
-
-
-def _json_row(file: Path, number: int, line: bytes) -> Iterator[Row]:
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        if not text:
-            return
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except ValueError as error:
-        raise DataError(
-            f"{file}, line {number}: not valid JSON ({error}); write one complete object per line, as json.dumps does"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{file}, line {number}: nested too deeply to read; flatten the object") from error
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{file}, line {number}: a {type(value).__name__} instead of an object; "
-            'write {"column": value, ...} on each line'
-        )
-    yield cast("Row", value)
-
-
-def _from_json_array(file: Path) -> Iterable[Row]:
-    try:
-        values = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file}, line {error.lineno}: not valid JSON ({error.msg}); mend it, or write one object per line"
-        ) from error
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError(f"{file}, item {number}: a {type(value).__name__} instead of an object; remove or mend it")
-    return values
-
-
-def _from_csv(file: Path) -> Iterable[Row]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = next(reader, [])
-            _check_header(file, header)
-            return [_csv_row(file, reader.line_num, header, cells) for cells in reader if cells]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-        except csv.Error as error:
-            raise DataError(
-                f"{file}, line {reader.line_num}: not valid CSV ({error}); "
-                "quote texts that contain separators or line breaks, and double the quotes inside them"
-            ) from error
-
-
-def _check_header(file: Path, header: Sequence[str]) -> None:
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if not header or repeated:
-        fault = f"the header repeats {', '.join(map(repr, repeated))}" if repeated else "there is no header"
-        raise DataError(f"{file}, line 1: {fault}; give each column its own name on the first line")
-
-
-def _csv_row(file: Path, line: int, header: Sequence[str], cells: Sequence[str]) -> Row:
-    if len(cells) != len(header):
-        raise DataError(
-            f"{file}, line {line}: {len(cells)} cells, but the header names {len(header)} columns; "
-            "quote texts that contain separators or line breaks"
-        )
-    return dict(zip(header, cells, strict=True))
-
-
-def _from_parquet(file: Path) -> Iterable[Row]:
-    def load(cache: str) -> Dataset:
-        from datasets import Dataset
-
-        return Dataset.from_parquet(str(file), cache_dir=cache, keep_in_memory=True)
-
-    return _loaded(file, "parquet", "write the file again", load)
-
-
-def _from_arrow(file: Path) -> Iterable[Row]:
-    def load(cache: str) -> Dataset:
-        from datasets import Dataset
-
-        return Dataset.from_file(str(file))
-
-    return _loaded(file, "arrow", "write it again with Dataset.save_to_disk", load)
-
-
-def _from_saved_folder(path: Path, split: str) -> list[Row]:
-    def load(cache: str) -> Dataset:
-        from datasets import DatasetDict, load_from_disk
-
-        saved = load_from_disk(str(path))
-        if not isinstance(saved, DatasetDict):
-            return saved
-        if split not in saved:
-            names = [str(name) for name in saved]
-            raise DataError(
-                f"{path} has no split {split!r}; present: {', '.join(names)}{nearest(split, names)}; "
-                "set data.source.split"
-            )
-        return saved[split]
-
-    return _loaded(path, "arrow", "write it again with save_to_disk", load)
-
-
-def _from_hub(source: DataSource) -> list[Row]:
-    def load(cache: str) -> Dataset:
-        from datasets import load_dataset_builder
-
-        # The usual cache, not the temporary one: these records are public and worth keeping.
-        builder = load_dataset_builder(source.path, source.subset, revision=source.revision)
-        kind = type(builder).__module__.rpartition(".")[2]
-        if kind not in _PLAIN_HUB_BUILDERS:
-            raise DataError(
-                f"{source.path} is stored as {kind}; only {', '.join(sorted(_PLAIN_HUB_BUILDERS))} are read from the "
-                "hub; download it yourself, convert it to JSON lines, and set data.source.path and format"
-            )
-        builder.download_and_prepare()
-        return cast("Dataset", builder.as_dataset(split=source.split))
-
-    fix = "check data.source.path, subset, revision and split, and the network"
-    return _loaded(source.path, "hub dataset", fix, load)
-
-
-def _loaded(origin: object, kind: str, fix: str, load: Callable[[str], Dataset]) -> list[Row]:
-    with tempfile.TemporaryDirectory(prefix="cloister-") as cache, _quiet_datasets():
-        try:
-            return cast("list[Row]", load(cache).to_list())
-        except DataError:
-            raise
-        except Exception as error:  # `datasets` wraps readers of every kind, each with exceptions of its own
-            reason = " ".join(str(_first_cause(error)).split())
-            raise DataError(f"{origin}: cannot be read as {kind} ({reason}); {fix}") from error
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-@contextmanager
-def _quiet_datasets() -> Generator[None]:
-    """No progress bars and no logged tracebacks while reading: the fault is in the DataError."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    were_disabled, level = are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if not were_disabled:
-            enable_progress_bars()
-
-
-_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
-    "jsonl": _from_jsonl,
-    "csv": _from_csv,
-    "parquet": _from_parquet,
-    "arrow": _from_arrow,
+_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
+    "jsonl": rows_of_json,
+    "csv": rows_of_csv,
+    "parquet": rows_of_parquet,
+    "arrow": rows_of_arrow,
 }

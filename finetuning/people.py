@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from finetuning.datasets import Row, cell
+from finetuning.rows import Place, Row, at_place, cell, named, place_of
 from finetuning.spelling import canonical
 from protocol.errors import DataError
 
@@ -53,22 +53,24 @@ def people_of(rows: Sequence[Row], column: str) -> People:
     """
     names: list[str] = []
     spellings: dict[str, set[str]] = {}
-    nobody: list[int] = []
+    nobody: list[tuple[Place, object]] = []
     for number, row in enumerate(rows, start=1):
-        value = cell(row, column, _SETTING)
+        place = place_of(row, number)
+        with at_place(place):
+            value = cell(row, column, _SETTING)
         if _is_nested(value):
             raise DataError(
-                f"row {number} has a {type(value).__name__} in {_SETTING}={column!r}; a text or a number must name "
+                f"{place} has a {type(value).__name__} in {_SETTING}={column!r}; a text or a number must name "
                 "the one person that the record is about: set it to a column with one value per record"
             )
         name = name_of(value)
         if name is None:
-            nobody.append(number)
+            nobody.append((place, value))
             continue
         names.append(name)
         spellings.setdefault(name, set()).add(str(value))
     if nobody:
-        raise DataError(_of_nobody(rows[nobody[0] - 1].get(column), nobody, column))
+        raise DataError(_of_nobody(nobody, column))
     return People(tuple(names), {name: frozenset(spelled) for name, spelled in spellings.items()})
 
 
@@ -110,10 +112,12 @@ def _is_nested(value: object) -> bool:
     return isinstance(value, Mapping | list | tuple | set | frozenset)
 
 
-def _of_nobody(value: object, rows: Sequence[int], column: str) -> str:
-    more = f", nor have {len(rows) - 1} further rows" if len(rows) > 1 else ""
+def _of_nobody(rows: Sequence[tuple[Place, object]], column: str) -> str:
+    place, value = rows[0]
+    others = [each for each, _ in rows[1:]]
+    more = f", nor have {len(others)} further rows ({named(others)})" if others else ""
     held = "" if is_blank(value) else f": {value!r} is what programs write for a missing one"
     return (
-        f"row {rows[0]} has no value in {_SETTING}={column!r}{more}{held}; a record of nobody cannot be protected as "
+        f"{place} has no value in {_SETTING}={column!r}{more}{held}; a record of nobody cannot be protected as "
         "somebody's: fill it in, or remove the row"
     )

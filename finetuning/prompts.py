@@ -25,7 +25,7 @@ from protocol.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CHAT_ROLES", "Segment", "TrainOn", "instruction_prompt", "segments"]
+__all__ = ["CHAT_ROLES", "Segment", "TrainOn", "check_content", "instruction_prompt", "segments"]
 
 TrainOn = Literal["completion", "all"]
 CHAT_ROLES = ("system", "user", "assistant")
@@ -83,6 +83,21 @@ def segments(
         case _:
             assert_never(columns)
     return tuple(piece for piece in pieces if piece.text)
+
+
+def check_content(row: Row, columns: Columns) -> None:
+    """Check what `segments` reads of a row, as far as that takes no tokenizer.
+
+    Raises:
+        DataError: a column is missing, holds no text, or no list of messages.
+    """
+    if isinstance(columns, ChatColumns):
+        _messages(cell(row, columns.messages, "data.columns.messages"))
+        return
+    for field, column in columns:
+        if field in ("kind", "label") or column is None or (field == "input" and column not in row):
+            continue
+        _text(row, str(column), field)
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:

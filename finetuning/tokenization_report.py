@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetuning.rows import Place, named
 from finetuning.tokenizing import SpecialsInText
 
 __all__ = ["TokenizationReport", "counted"]
@@ -23,6 +24,7 @@ class TokenizationReport:
     kept               rows that became examples
     truncated          rows cut to `max_length`, whether kept or not
     emptied            row numbers (from 1) with nothing to learn: left out
+    emptied_at         the same rows, where they stand in their source
     tokens             tokens in the kept examples
     trained_tokens     those that are learned
     max_length         the bound that was applied; None: no bound
@@ -37,6 +39,7 @@ class TokenizationReport:
     kept: int
     truncated: int
     emptied: tuple[int, ...]
+    emptied_at: tuple[Place, ...]
     tokens: int
     trained_tokens: int
     max_length: int | None
@@ -69,10 +72,9 @@ class TokenizationReport:
         if self.truncated:
             lines.append(f"{counted(self.truncated, 'row')} cut to data.max_length={self.max_length} tokens")
         if self.emptied:
-            named = ", ".join(map(str, self.emptied[:10])) + (", ..." if len(self.emptied) > 10 else "")
             lines.append(
                 f"{counted(len(self.emptied), 'row')} left out, with nothing to learn (empty, or cut before the "
-                f"completion): {named}"
+                f"completion): {named(self.emptied_at)}"
             )
         if self.specials:
             spelled = f"{counted(self.rows_with_specials, 'row')} with special tokens of the model in the text "

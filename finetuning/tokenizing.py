@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from finetuning.encoders import Encoded, FastEncoder, PlainEncoder, fast_encoder, special_ids
 from finetuning.prompts import Segment
+from finetuning.rows import at_place
 from finetuning.special_tokens import NO_SPECIALS, special_tokens, unused_mark
 from protocol.errors import DataError
 
@@ -69,7 +70,10 @@ def sequence_bound(wanted: int | None, tokenizer: PreTrainedTokenizerBase, conte
 
 
 def tokenize_segments(
-    rows: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase, mode: SpecialsInText = "text"
+    rows: Sequence[Sequence[Segment]],
+    tokenizer: PreTrainedTokenizerBase,
+    mode: SpecialsInText = "text",
+    places: Sequence[object] = (),
 ) -> list[TokenizedText]:
     """Return the joint text of each row's segments as token ids.
 
@@ -77,6 +81,7 @@ def tokenize_segments(
         rows: segments in order; those that are special tokens come as segments of their own.
         tokenizer: gives the ids; no special token is added.
         mode: what the letters of a special token are inside a segment of text: text, or the token.
+        places: where each row stands, for errors; by its number here where nothing is given.
 
     Raises:
         DataError: naming the row, for text that this tokenizer cannot take as text.
@@ -90,12 +95,11 @@ def tokenize_segments(
     plain = PlainEncoder(tokenizer, known if is_text else NO_SPECIALS, special_ids(tokenizer, known))
     encoded: Sequence[Encoded | None] = [None] * len(rows) if fast is None else fast.encode(rows)
     done: list[TokenizedText] = []
-    for number, (row, count, found) in enumerate(zip(rows, spelled, encoded, strict=True), start=1):
+    places = places or [f"row {number}" for number in range(1, len(rows) + 1)]
+    for place, row, count, found in zip(places, rows, spelled, encoded, strict=True):
         encode = plain.encode if fast is None or found is None else _one_by_one(fast)
-        try:
+        with at_place(place):
             done.append(_tokenized(row, encode(row) if found is None else found, encode, count))
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
     return done
 
 

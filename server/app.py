@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
 from conf.schema.experiment import Experiment
+from conf.schema.paths import expanded
 from finetuning.datasets import Row
 from finetuning.models import base_digest
 from finetuning.tokenization_report import TokenizationReport
@@ -130,7 +131,7 @@ def _books(launch: Launch) -> ServerBooks | None:
     federation = launch.experiment.federation
     if federation.server_ledger is None:
         return launch.books
-    return ServerBooks(Path(federation.server_ledger), federation.server_budget)
+    return ServerBooks(Path(expanded(federation.server_ledger)), federation.server_budget)
 
 
 def server_app(find_launch: Callable[[Context], Launch]) -> ServerApp:
@@ -173,7 +174,7 @@ def launch_from_context(context: Context) -> Launch:
     given = {key: str(value) for key, value in context.run_config.items()}
     stored, resumed = given.get("experiment", ""), given.get("resume", "")
     _check_digest(stored, given.get("digest", ""))
-    home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
+    home = Path(expanded(os.environ.get("CLOISTER_HOME", "~/.cloister")))
     runs = home / "runs"
     if resumed:
         path = interrupted_run(runs, resumed)
@@ -218,7 +219,7 @@ def _named_run_path(run: str, parent: Path) -> Path | None:
 def new_run_path(experiment: Experiment, parent: Path, now: datetime) -> Path:
     """Return the run directory of an experiment that starts now."""
     given = experiment.logging.directory
-    return Path(given) if given else parent / f"{now:%Y%m%d-%H%M%S}-{experiment.name}-{experiment.digest[:6]}"
+    return Path(expanded(given)) if given else parent / f"{now:%Y%m%d-%H%M%S}-{experiment.name}-{experiment.digest[:6]}"
 
 
 def _log_to_terminal() -> None:

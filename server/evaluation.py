@@ -9,9 +9,10 @@ from functools import reduce
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example, tokenize_rows
-from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.datasets import read_rows, split_rows
 from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
+from finetuning.rows import Row, at_place
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
 from finetuning.tokenizing import sequence_bound
@@ -118,8 +119,8 @@ def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None
             else heldout
         )
     root_rows, rows = split_root(experiment, rows)
-    groups = {name: _examples(experiment, adapted, part) for name, part in _grouped(experiment, rows).items()}
-    root = _examples(experiment, adapted, root_rows) if root_rows else ()
+    groups = {name: _examples(experiment, adapted, part, name) for name, part in _grouped(experiment, rows).items()}
+    root = _examples(experiment, adapted, root_rows, "the root set") if root_rows else ()
     return Evaluator(adapted, groups, build_objective(experiment.task), experiment.runtime.micro_batch_tokens, root)
 
 
@@ -139,17 +140,18 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
     return dict(sorted(groups.items()))
 
 
-def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row]) -> Sequence[Example]:
+def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row], name: str) -> Sequence[Example]:
     data, tokenizer = experiment.data, adapted.base.tokenizer
-    examples = tokenize_rows(
-        rows,
-        data.columns,
-        tokenizer,
-        max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
-        train_on=data.train_on,
-        truncation=data.truncation,
-        special_tokens=data.special_tokens,
-        labels=experiment.task.labels,
-    ).examples
+    with at_place("held-out records" if name == _ALL else f"held-out records of {name}"):
+        examples = tokenize_rows(
+            rows,
+            data.columns,
+            tokenizer,
+            max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
+            train_on=data.train_on,
+            truncation=data.truncation,
+            special_tokens=data.special_tokens,
+            labels=experiment.task.labels,
+        ).examples
     check_fits(adapted.base, examples)
     return examples

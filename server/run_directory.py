@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from conf.schema.experiment import Experiment
+from conf.schema.paths import expanded
 from finetuning.adapters import AdaptedModel
 from finetuning.checkpoints import write_atomically
 from finetuning.export import export_adapter
@@ -159,7 +160,7 @@ class RunDirectory:
 
     def _base_name(self, adapted: AdaptedModel) -> str:
         path = self._experiment.model.path
-        return str(adapted.base.network.config.name_or_path) if path.startswith("embedded:") else path
+        return str(adapted.base.network.config.name_or_path) if path.startswith("embedded:") else expanded(path)
 
     def _card(self) -> str:
         privacy = self.summary()["privacy"]

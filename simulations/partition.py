@@ -18,8 +18,8 @@ from conf.schema.data import (
     Partition,
     SizeSkewedPartition,
 )
-from finetuning.datasets import Row, cell, nearest
 from finetuning.people import is_blank, spelling_of
+from finetuning.rows import Row, at_place, cell, nearest, place_of
 from protocol.errors import DataError
 
 __all__ = [
@@ -141,9 +141,8 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
         value = usual[spelling_of(key)]
         name = config.site_of(value)
         if values.setdefault(name, value) != value:
-            raise DataError(
-                f"row {number}: sites {values[name]!r} and {value!r} would both be called {name!r}; rename one"
-            )
+            place = place_of(row, number)
+            raise DataError(f"{place}: sites {values[name]!r} and {value!r} would both be called {name!r}; rename one")
         found.setdefault(name, []).append(row)
     if config.sites is None:
         parts = {name: found[name] for name in sorted(found) if len(found[name]) >= config.min_records}
@@ -161,13 +160,12 @@ def _by_key(rows: Sequence[Row], config: NaturalKeyPartition) -> dict[str, list[
 
 
 def _key_of(row: Row, number: int, config: NaturalKeyPartition) -> object:
-    try:
+    place = place_of(row, number)
+    with at_place(place):
         value = cell(row, config.key, "data.partition.key")
-    except DataError as error:
-        raise DataError(f"row {number}: {error}") from error
     if is_blank(value):
         raise DataError(
-            f"row {number}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
+            f"{place}: column {config.key!r} names no site; fill it in, or set data.partition.key to another"
         )
     return value
 
@@ -222,7 +220,8 @@ def _dirichlet_owners(rows: Sequence[Row], config: DirichletPartition, seed: int
     """Draw each label's shares over the sites, anew until every site has a record."""
     by_label: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        by_label.setdefault(str(cell(row, config.label, "data.partition.label")), []).append(index)
+        with at_place(place_of(row, index + 1)):
+            by_label.setdefault(str(cell(row, config.label, "data.partition.label")), []).append(index)
     generator = np.random.default_rng(seed)
     owners = np.zeros(len(rows), dtype=np.int64)
     empty = np.zeros(0, dtype=np.int64)

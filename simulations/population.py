@@ -15,12 +15,15 @@ from flwr.app import Context
 from client.site import Site
 from conf.compose import compose_experiment, parse_experiment
 from conf.schema.experiment import Experiment
+from conf.schema.paths import expanded
 from conf.schema.privacy import ExampleLevel, NoPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteBudget, SiteFile, SitePolicy, SiteRuntime
-from finetuning.datasets import Row, read_rows, split_rows
+from finetuning.datasets import check_columns, read_rows, rows_in_use, split_rows
 from finetuning.people import people_of, users_of
+from finetuning.row_checks import RowFault, first_fault
+from finetuning.rows import Row
 from privacy.plan import build_plan, default_delta
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, DataError
 from protocol.refusals import sentence
 from simulations.partition import partition, published_count
 
@@ -71,15 +74,46 @@ class Population:
 def build_population(experiment: Experiment) -> Population:
     """Return the sites' records and the held-out ones, as the experiment's data group describes them.
 
+    All records are checked before any is held out or dealt: every seed and partition stops at the same one.
+
     Raises:
-        DataError: naming the file, row, column or site that is wrong.
+        DataError: naming the file and line, the column, and the site that is wrong.
     """
-    everything = read_rows(experiment.data.source)
+    rows = read_rows(experiment.data.source)
+    check_columns(rows, experiment.data.columns)
     column = experiment.data.user_column
     if column is not None and isinstance(local_privacy(experiment.privacy), UserLevel):
-        people_of(everything, column)  # before the split: the seed must not decide whether nobody is noticed
-    rows, heldout = split_rows(everything, experiment.data, experiment.seed)
-    return Population(partition(rows, experiment.data.partition, experiment.seed), heldout)
+        people_of(rows, column)  # before the split: the seed must not decide whether nobody is noticed
+    fault = first_fault(_rows_of_sites(rows, experiment), experiment.data.columns, experiment.task.labels)
+    if fault is not None:
+        raise DataError(_holder(fault, rows, experiment) + fault.sentence)
+    return _dealt(rows, experiment)
+
+
+def _dealt(rows: Sequence[Row], experiment: Experiment) -> Population:
+    train, heldout = split_rows(rows, experiment.data, experiment.seed)
+    return Population(partition(train, experiment.data.partition, experiment.seed), heldout)
+
+
+def _rows_of_sites(rows: Sequence[Row], experiment: Experiment) -> list[Row]:
+    """Return the rows that some seed could use; those of a natural key's other sites are not looked at."""
+    used, division = rows_in_use(rows, experiment.data), experiment.data.partition
+    if division.kind != "natural_key" or division.sites is None:
+        return used
+    wanted = set(map(division.site_of, division.sites))
+    return [row for row in used if division.site_of(row.get(division.key, "")) in wanted]
+
+
+def _holder(fault: RowFault, rows: Sequence[Row], experiment: Experiment) -> str:
+    """Return who holds the row, as the start of a sentence; nothing where nobody does."""
+    try:
+        population = _dealt(rows, experiment)
+    except DataError:  # the row's own fault is the one to mend first
+        return ""
+    if any(row is fault.row for row in population.heldout):
+        return "held-out records: "
+    holders = (name for name, part in population.parts.items() if any(row is fault.row for row in part))
+    return next((f"site {name}: " for name in holders), "")
 
 
 def site_file(experiment: Experiment, name: str, records: int, state: Path, users: int | None = None) -> SiteFile:
@@ -196,7 +230,7 @@ def _sites(experiment_json: str, state: Path) -> tuple[Site, ...]:
 @lru_cache(maxsize=2)
 def _scratch(run_id: int) -> Path:
     """Return the state directory of a run on Flower's engine, shared by the engine's processes on this machine."""
-    home = Path(os.environ.get("CLOISTER_HOME", Path.home() / ".cloister"))
+    home = Path(expanded(os.environ.get("CLOISTER_HOME", "~/.cloister")))
     return home / "simulated_sites" / str(run_id)
 
 

@@ -81,7 +81,10 @@ class LabelledColumns(_DistinctColumns):
 
     kind: Literal["labelled"] = "labelled"
     text: Name = "text"
-    label: Name = Field(default="label", description="a name from task.labels, or its index")
+    label: Name = Field(
+        default="label",
+        description="a name from task.labels; or, where none of them is a number, indices throughout (from 0)",
+    )
 
 
 Columns = Annotated[
@@ -93,7 +96,9 @@ Columns = Annotated[
 class DataSource(Frozen):
     """Where the records are. Nothing is downloaded unless `format` is `hub`."""
 
-    path: str = Field(min_length=1, description="a file, a folder, embedded:NAME, or (format=hub) a dataset id")
+    path: str = Field(
+        min_length=1, description="a file, a folder (~ is home), embedded:NAME, or (format=hub) a dataset id"
+    )
     format: Literal["auto", "jsonl", "csv", "parquet", "arrow", "hub"] = Field(
         default="auto", description="auto: from the file's extension; arrow: a folder written by Dataset.save_to_disk"
     )

@@ -16,7 +16,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 class Model(Frozen):
     """A `transformers` model: a folder, a hub id, or `embedded:clinic-base`."""
 
-    path: str = Field(min_length=1, description="folder, hub id, or embedded:NAME")
+    path: str = Field(min_length=1, description="folder (~ is home), hub id, or embedded:NAME")
     revision: str | None = Field(default=None, description="commit or tag of a hub id")
     dtype: Dtype = Field(default="fp32", description="of the base; the adapter stays fp32")
     weight_format: Literal["full"] = Field(default="full", description="how base weights are held in memory")

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from conf.schema.base import Frozen
 from conf.schema.data import DataConfig
 from conf.schema.model import Dtype
+from conf.schema.paths import LocalPath
 from conf.schema.task import CausalLM, Task
 
 __all__ = [
@@ -185,7 +186,7 @@ class SiteRuntime(Frozen):
 class SiteServe(Frozen):
     """The site's own process, `cloister site serve`."""
 
-    socket: str | None = Field(
+    socket: LocalPath | None = Field(
         default=None, description="where it listens; null: run/site.sock in state_directory. In a folder of its own"
     )
     listen: Literal["auto", "unix", "tcp"] = Field(
@@ -208,9 +209,11 @@ class SiteNode(Frozen):
     """The Flower SuperNode of this site, `cloister site start`. Relative paths start where the command is given."""
 
     superlink: str = Field(pattern=r"^[^\s/:]+:[0-9]{1,5}$", description="the federation's server, HOST:PORT")
-    root_certificates: str | None = Field(default=None, description="PEM file of the server's CA; null: the system's")
+    root_certificates: LocalPath | None = Field(
+        default=None, description="PEM file of the server's CA; null: the system's"
+    )
     insecure: bool = Field(default=False, description="no TLS: for trials on one machine")
-    private_key: str | None = Field(default=None, description="of node authentication, a NIST curve")
+    private_key: LocalPath | None = Field(default=None, description="of node authentication, a NIST curve")
     user: str | None = Field(default=None, description="run the SuperNode as this operating-system user; needs root")
     port: int = Field(default=9094, ge=1, le=65535, description="loopback port between the SuperNode's own processes")
 
@@ -240,7 +243,7 @@ class SiteFile(Frozen):
     )
     policy: SitePolicy | None = Field(default=None, description="null: nothing is allowed")
     runtime: SiteRuntime = SiteRuntime()
-    model_path: str = Field(
+    model_path: LocalPath = Field(
         min_length=1,
         description="this site's own copy of the base; what a plan calls it is not looked at, its digest is compared",
     )
@@ -264,11 +267,11 @@ class SiteFile(Frozen):
         "that is less, is what this site trains and the server is told. The records of one user are held at once, up "
         "to privacy.max_records_per_user, also where they are too many. null: not limited",
     )
-    ledger: str | None = Field(
+    ledger: LocalPath | None = Field(
         default=None,
         description="SQLAlchemy URL of the ledger, e.g. postgresql+psycopg://...; null: ledger.db in state_directory",
     )
-    state_directory: str = Field(
+    state_directory: LocalPath = Field(
         min_length=1, description="where keys, ledger, replies, approvals and the private diagnostics are kept"
     )
     serve: SiteServe = SiteServe()

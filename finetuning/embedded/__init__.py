@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from conf.schema.paths import expanded
+
 PREFIX = "embedded:"
 EMBEDDED: Mapping[str, str] = MappingProxyType(
     {
@@ -15,12 +17,12 @@ EMBEDDED: Mapping[str, str] = MappingProxyType(
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path behind an ``embedded:`` name, or any other string unchanged.
+    """Return the absolute path behind an ``embedded:`` name; of another path only a leading ``~`` is expanded.
 
-    Raises ValueError, with the known names, when the ``embedded:`` name is unknown.
+    Raises ValueError, with the known names, when the ``embedded:`` name is unknown, or when there is no home for ``~``.
     """
     if not path.startswith(PREFIX):
-        return path
+        return expanded(path)
     name = path.removeprefix(PREFIX)
     if name not in EMBEDDED:
         known = ", ".join(f"{PREFIX}{each}" for each in EMBEDDED)

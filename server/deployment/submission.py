@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from conf.schema.experiment import Experiment
+from conf.schema.paths import expanded
 from protocol.bundle import RUN_CONFIG_KEYS
 from protocol.errors import ConfigError
 from server.deployment.bundle import refresh_bundle
@@ -108,10 +109,12 @@ def _refuse_relative_paths(experiment: Experiment) -> None:
     source, model = experiment.data.source, experiment.model.path
     local_data = source.format != "hub" and not source.path.startswith("embedded:")
     # A model's relative path may be a hub id; one that exists here surely is not.
-    local_model = not model.startswith("embedded:") and Path(model).exists()
+    local_model = not model.startswith("embedded:") and Path(expanded(model)).exists()
     for key, value, local in (("data.source.path", source.path, local_data), ("model.path", model, local_model)):
         if local and not Path(value).is_absolute():
-            problems.append(f"{key}={value} is relative; the ServerApp works elsewhere: {key}={Path(value).resolve()}")
+            why = "begins with ~, another user's home there" if value.startswith("~") else "is relative"
+            whole = Path(expanded(value)).resolve()
+            problems.append(f"{key}={value} {why}; the ServerApp works elsewhere: {key}={whole}")
     if experiment.logging.directory is not None:
         problems.append(
             f"logging.directory={experiment.logging.directory} is not for deployed runs: they go to the server's runs/"

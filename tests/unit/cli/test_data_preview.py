@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -107,6 +108,7 @@ def composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         task = SimpleNamespace(labels=("no", "yes") if labelled else None)
         return SimpleNamespace(data=DataConfig.model_validate(tree), model=object(), task=task, seed=0)
 
+    import_module("simulations.population")  # it needs the real modules
     compose, loading = ModuleType("conf.compose"), ModuleType("finetuning.models")
     compose.compose_experiment = compose_experiment  # type: ignore[attr-defined]
     loading.load_tokenizer = lambda model: byte_tokenizer()  # type: ignore[attr-defined]
@@ -139,6 +141,51 @@ def test_preview_of_labelled_data_names_the_label(composed: list[list[str]]) -> 
     assert result.exit_code == 0, result.output
     assert "tokens, label no" in result.output
     assert "records per site and label" in result.output
+
+
+def rewrite(tmp_path: Path, *lines: str) -> Path:
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_what_indices_stand_for_is_said(composed: list[list[str]], tmp_path: Path) -> None:
+    rewrite(tmp_path, "text,site,label", *["a,north,1", "b,north,0"] * 6)
+    result = CliRunner().invoke(app, ["preview", "labelled"])
+    assert "labels are indices into task.labels: 0 = no, 1 = yes" in result.output
+    rewrite(tmp_path, "text,site,label", *["a,north,yes", "b,north,no"] * 6)
+    assert "indices" not in CliRunner().invoke(app, ["preview", "labelled"]).output
+
+
+def test_a_site_with_nothing_to_learn_is_named(composed: list[list[str]], tmp_path: Path) -> None:
+    rewrite(tmp_path, "text,completion,site", *["a,b,north"] * 20, *["a,,south"] * 6)
+    failed = CliRunner().invoke(app, ["preview"]).exception
+    assert isinstance(failed, DataError)
+    assert str(failed).startswith("site south: none of ")
+    assert f" of {tmp_path / 'rows.csv'})" in str(failed)
+
+
+def test_rows_left_out_are_named_on_either_side(composed: list[list[str]], tmp_path: Path) -> None:
+    """Line 4 is empty: whether it was dealt to the site or held out, it is named."""
+    seen: set[bool] = set()
+    for count in range(12, 24):
+        rewrite(tmp_path, "text,completion,site", "a,b,n", "a,b,n", "a,,n", *["a,b,n"] * count)
+        output = CliRunner().invoke(app, ["preview"]).output
+        if "1 row left out" in output:
+            assert f"line 4 of {tmp_path / 'rows.csv'}" in output
+            seen.add("held out: 1 row left out" in output)
+        else:
+            assert "none of 1 row" in str(CliRunner().invoke(app, ["preview"]).exception)
+    assert False in seen
+
+
+def test_a_fault_is_that_of_the_file(composed: list[list[str]], tmp_path: Path) -> None:
+    rewrite(tmp_path, "text;completion;site", "a;b;north")
+    assert "line 1: the separator is ';'" in str(CliRunner().invoke(app, ["preview"]).exception)
+    rewrite(tmp_path, "text,label,site", *['"a\na",no,north'] * 9, "b,-1,south")
+    assert "line 20: label '-1' is not in task.labels" in str(
+        CliRunner().invoke(app, ["preview", "labelled"]).exception
+    )
 
 
 def test_an_unknown_site_names_the_nearest(composed: list[list[str]]) -> None:

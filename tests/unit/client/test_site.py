@@ -282,3 +282,44 @@ def test_a_layer_without_a_rule_is_refused_before_anything_is_spent(
     with pytest.raises(PrivacyError, match=r"no per-example gradient rule in opacus: .*embed_tokens"):
         site.handle(instruct(experiment))
     assert site.state.spent() == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n\n{"text": 5}\n', r"^site north: .*a\.jsonl, line 3: column 'text' holds a int"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', r"^site north: .*a\.jsonl, line 2: column 'text' holds half"),
+        ('{"text": ""}\n\n{"text": ""}\n', r"^site north: none of 2 rows .* \(lines 1, 3 of .*a\.jsonl\)"),
+        ('{"text": "a", "who": "x"}\n\n{"text": "b"}\n', r"^site north: .*a\.jsonl, line 3: no column 'who'"),
+        (
+            '{"text": "a", "who": "x"}\n\n{"text": "b", "who": null}\n',
+            r"^site north: .*a\.jsonl, line 3 has no value in",
+        ),
+    ],
+)
+def test_a_faulty_record_is_named_with_its_line_and_the_site(
+    content: str, message: str, tmp_path: Path, small: Make, instruct: Make
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    level = "user_level" if "who" in content else "example_level"
+    file = SiteFile.model_validate(
+        {
+            "name": "north",
+            "published_records": 40,
+            "published_users": 40,
+            "data": {
+                "source": {"path": str(tmp_path / "a.jsonl")},
+                "columns": {"kind": "text"},
+                "user_column": "who",
+            },
+            "budget": {"unit": "user" if level == "user_level" else "record", "epsilon": 8, "delta": 1e-3},
+            "policy": {"require_approval": False},
+            "model_path": "embedded:clinic-base",
+            "state_directory": str(tmp_path / "state"),
+        }
+    )
+    overrides = ("privacy=user_level", "data.user_column=who") if level == "user_level" else ()
+    site = Site(file, simulated=True)
+    with pytest.raises(DataError, match=message):
+        site.handle(instruct(small(*overrides)))
+    assert not (tmp_path / "state" / "ledger.db").exists() or site.state.spent() == 0

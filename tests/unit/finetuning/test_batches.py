@@ -176,10 +176,11 @@ def labelled(*labels: object) -> list[dict[str, object]]:
 
 
 def test_labels_are_names_or_indices() -> None:
-    result = tokenized(labelled("no", "yes", 1, "0"), LabelledColumns(), labels=("no", "yes"))
-    assert [item.label for item in result.examples] == [0, 1, 1, 0]
-    assert result.report.trained_tokens == 0
-    assert result.report.sentences() == ["4 of 4 rows kept: 12 tokens"]
+    for labels in (("no", "yes", "yes", "no"), (0, 1, 1, "0")):
+        result = tokenized(labelled(*labels), LabelledColumns(), labels=("no", "yes"))
+        assert [item.label for item in result.examples] == [0, 1, 1, 0]
+        assert result.report.trained_tokens == 0
+        assert result.report.sentences() == ["4 of 4 rows kept: 12 tokens"]
 
 
 def test_a_name_that_looks_like_a_number_is_a_name_first() -> None:

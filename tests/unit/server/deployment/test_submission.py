@@ -112,6 +112,24 @@ def test_files_are_named_as_the_server_app_finds_them(made: ServerFolder, tmp_pa
     assert "logging.directory" in str(caught.value)
 
 
+def test_home_is_another_folder_for_the_server_app(
+    made: ServerFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    paths = ("data.source.path=~/notes.jsonl", "model=causal_lm", "model.path=~/base")
+    with pytest.raises(ConfigError) as caught:
+        submit(
+            made,
+            Recording(Programs(made, 8001)),
+            compose_experiment(("experiment=smoke", "data=jsonl_text", *paths)),
+            datetime.now(UTC),
+        )
+    for key, typed, whole in (("data.source.path", "~/notes.jsonl", "notes.jsonl"), ("model.path", "~/base", "base")):
+        assert f"{key}={typed} begins with ~, another user's home there; " in str(caught.value)
+        assert f"{key}={tmp_path / whole}" in str(caught.value)
+
+
 def test_a_superlink_that_is_not_there_is_named_with_the_command_that_starts_it(made: ServerFolder) -> None:
     closed = made.flower_home / "config.toml"
     closed.write_text(closed.read_text().replace(":8001", ":1"))
