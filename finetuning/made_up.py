@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,8 @@ def made_up_examples(
         context: cuts what is longer.
         seed: of the tokens.
     """
-    special = [*tokenizer.all_special_ids, tokenizer.pad_token_id]
-    usable = np.setdiff1d(np.arange(min(vocabulary, len(tokenizer))), special)
+    special: set[Any] = {*tokenizer.all_special_ids, cast("Any", tokenizer.pad_token_id)}
+    usable = np.array([each for each in range(min(vocabulary, len(tokenizer))) if each not in special])
     generator = np.random.default_rng(seed)
     examples: list[Example] = []
     for position, length in enumerate(min(each, context or each) for each in lengths):

@@ -187,7 +187,7 @@ def read_base(model: Model, task: Task, device: torch.device) -> FrozenBase:
     _agree_on_tokens(network, tokenizer, pad)
     check_vocabulary(model.path, tokenizer, network)
     context = positions(network)
-    reached = _reached(network, tokenizer, task, context, fresh)
+    reached = _reached(network, tokenizer, task, context, fresh, pad)
     return FrozenBase(
         network, tokenizer, _digest(folder), device, pad, positions(network, reached), rows_of(network), reached, fresh
     )
@@ -207,10 +207,10 @@ def _reached(
     task: Task,
     context: int | None,
     fresh: tuple[str, ...],
+    pad: int,
 ) -> frozenset[str]:
     classes = None if task.labels is None else len(task.labels)
     examples = made_up_examples(tokenizer, rows_of(network), _PROBED, classes=classes, context=context)
-    pad = tokenizer.pad_token_id
     batches = [collate(part, pad) for part in (examples, *([example] for example in examples))]
     return reached_modules(network, build_objective(task), batches[0], batches[1:], fresh)
 

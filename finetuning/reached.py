@@ -89,7 +89,7 @@ def _reached(network: nn.Module, objective: TaskObjective, batch: Batch, besides
                 parameter.requires_grad_(True)
             loss = objective.losses(network, batch.to(device)).sum()
             leaves = {**changes, **own}
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            gradients: tuple[Any, ...] = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError) as error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,7 +151,7 @@ def _check_left_over(path: str, network: PreTrainedModel, keys: Iterable[str], t
         )
 
 
-def _belongs(name: str, modules: dict[str, nn.Module]) -> bool:
+def _belongs(name: str, modules: Mapping[str, Any]) -> bool:
     """Whether a tensor's owner is a layer of the network, or would stand within one of its numbered blocks."""
     if name in modules:
         return any(True for _ in modules[name].parameters(recurse=False)) or ".0." in name
@@ -188,7 +188,7 @@ def _head_anew(path: str, network: PreTrainedModel, fresh: set[str], task: Class
             for module in head.modules():
                 for parameter in module.parameters(recurse=False):
                     parameter._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]
-                network._init_weights(module)
+                network._init_weights(module)  # pyright: ignore[reportPrivateUsage]
         return {each for each, module in _named(name, head) if any(True for _ in module.parameters(recurse=False))}
     if not any(each == name or each.startswith(f"{name}.") for each in fresh):
         _check_order(path, network, task)

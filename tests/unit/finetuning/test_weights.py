@@ -69,7 +69,7 @@ def test_a_wrapper_within_is_taken_off(changed: Any, tiny_model: TinyModel) -> N
 @pytest.mark.parametrize(
     ("family", "weights", "config", "message"),
     [
-        ("bert", None, {"num_hidden_layers": 4}, r"lacks 32 of the network's \d+ tensors, such as bert\.enc\S+layer\.2"),
+        ("bert", None, {"num_hidden_layers": 4}, r"lacks 32 of the network's \d+ tensors, such as bert\S+layer\.2"),
         ("llama", None, {"num_hidden_layers": 3}, r"lacks 9 of the network's \d+ tensors, such as model\.layers\.2"),
         (
             "bert",
