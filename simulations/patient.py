@@ -67,8 +67,10 @@ class Patient:
         users = len(self.units) if isinstance(self.local, UserLevel) else None
         return site_file(self.experiment, self.name, len(self.rows), self.scratch / purpose, users)
 
-    def instruction(self, experiment: Experiment, number: int, adapter: NamedTensors) -> Instruction:
-        """Return what a server would send in round `number`."""
+    def instruction(
+        self, experiment: Experiment, number: int, adapter: NamedTensors, clip_norm: float | None
+    ) -> Instruction:
+        """Return what a server would send in round `number`; `clip_norm` is None where none is asked for."""
         plan = client_plan(experiment, "doctor")
         header = InstructionHeader(
             round=number,
@@ -76,7 +78,7 @@ class Patient:
             plan_digest=plan.digest,
             base_digest=self.adapted.base.digest,
             adapter_digest=digest(adapter),
-            clip_norm=self.update_clip,
+            clip_norm=clip_norm,
         )
         return Instruction(header, {name: adapter[name] for name in sorted(self.trained)})
 
