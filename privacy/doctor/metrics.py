@@ -16,8 +16,8 @@ _NAME = "no metric leaves unprotected"
 def no_metric_leaves_unprotected(subject: Subject) -> Verdict:
     """Two sites that differ in one unit and in every loss and gradient answer with the same header.
 
-    Losses, gradient norms, clip fractions, counts and times would all differ; a noised, charged loss may. Their cards
-    and plans are equal too, since both follow from what is published; and that no loss of a round is finite is not told.
+    Losses, gradient norms, clip fractions, counts and times would all differ; a noised, charged loss may. Cards and
+    plans are equal too, since both follow from what is published; and that no loss of a round is finite is not told.
     """
     if not subject.promise.is_private:
         return Verdict(_NAME, None, "nothing is promised")
