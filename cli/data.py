@@ -127,8 +127,8 @@ def rendered_example(title: str, runs: Iterable[tuple[str, bool]], notes: Sequen
 
 def people_sentence(rows: Sequence[Row], column: str) -> str:
     """Return how many people `column` names, how many spellings are joined, and how many rows name nobody."""
-    from finetuning.datasets import cell
     from finetuning.people import name_of, people_of
+    from finetuning.rows import cell
 
     named = [row for row in rows if name_of(cell(row, column, "data.user_column")) is not None]
     nobody = len(rows) - len(named)

@@ -30,9 +30,12 @@ def doctor_command(
     clip norm; 14 release is scaled by a public constant; 15 noise has the calibrated deviation; 16 noise is Gaussian
     and fresh; 17 sampler is Poisson at the booked rate; 18 booked is what was executed; 19 an empty batch is a step;
     20 stated ε is the price of all rounds; 21 δ is for the whole run; 22 no metric leaves unprotected; 23 updates are
-    clipped as a whole.
+    clipped as a whole; 24 randomness follows from the site's secret alone; 25 noise does not depend on the sum; 26
+    released values lie on the lattice, and use all of it; 27 the released loss is bounded and noised; 28 other
+    accountants agree; 29 repeatable noise is refused.
 
-    A check that rests on statistics fails a healthy program once in a million runs.
+    A check that rests on statistics fails a healthy program at most once in a million runs. What no check can see is in
+    docs/threat_model.md.
     """
     from conf.compose import compose_experiment
 

@@ -18,7 +18,7 @@ from conf.schema.data import (
     PromptCompletionColumns,
     TextColumns,
 )
-from finetuning.datasets import Row, cell, nearest
+from finetuning.rows import Row, cell, nearest
 from finetuning.special_tokens import SpecialTokens, special_tokens, unused_mark
 from protocol.errors import DataError
 

@@ -20,8 +20,8 @@ from flwr.superlink.grid import InMemoryGrid
 
 from conf.schema.experiment import Experiment
 from conf.schema.paths import expanded
-from finetuning.datasets import Row
 from finetuning.models import base_digest
+from finetuning.rows import Row
 from finetuning.tokenization_report import TokenizationReport
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors, digest

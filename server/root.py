@@ -12,8 +12,8 @@ from conf.schema.privacy import NoPrivacy
 from conf.schema.robust import FLTrust
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
-from finetuning.datasets import Row
 from finetuning.loop import train_locally
+from finetuning.rows import Row
 from finetuning.tasks.build import build_objective
 from privacy.gradients import gradient_rule
 from privacy.plan import build_plan

@@ -18,7 +18,7 @@ from client.site import Site
 from conf.schema.data import Columns, LabelledColumns, PromptCompletionColumns
 from conf.schema.experiment import Experiment
 from conf.schema.site import SiteBudget, SiteFile
-from finetuning.datasets import Row
+from finetuning.rows import Row
 from protocol.errors import ConfigError, DataError
 from protocol.instructions import Instruction, Reply
 from protocol.tensors import NamedTensors

@@ -7,29 +7,31 @@ optimizer is given them (torch's own global hook), the books in the throw-away l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from client.trials import dropout_rates
 from conf.schema.experiment import Experiment
-from conf.schema.privacy import ClientLevel, NoPrivacy, UserLevel
-from finetuning.datasets import Row
+from finetuning.rows import Row
 from privacy.doctor.subject import ObservedRound, Promise, Subject
 from privacy.plan import PrivacyPlan
-from protocol.errors import ConfigError
 from protocol.instructions import client_plan
-from protocol.tensors import NamedTensors, add
+from simulations.observing import fresh_secrets, observed_round
 from simulations.patient import ROUNDS, Patient, admit, rows_of
-from simulations.population import site_file
-from simulations.probe import draws_of, probe_of
+from simulations.probe import cut_draws_of, draws_of, loss_noise_of, probe_of
+from simulations.starving import starved_rounds
 from simulations.watching import StepLog, WatchedSite, frozen_digest, silenced
 
 __all__ = ["observe_site"]
 
-_STARVED = 1000
-"""The starved site publishes so many times the expected batch, and has one unit."""
+_LOUD = 1e4
+"""A loss beyond any bound, and within what 16 bits hold."""
+_CORRECTED = frozenset({"fedprox", "scaffold", "feddyn"})
+"""Objectives that add a term to a finished gradient."""
 _PRECISION = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
 
 
@@ -53,16 +55,72 @@ def observe_site(experiment: Experiment, parts: Mapping[str, Sequence[Row]], scr
             before = frozen_digest(adapted.network, patient.trained)
             plan, trained = _rounds(patient, "trained", patient.rows, log)
             after = frozen_digest(adapted.network, patient.trained)
-            with silenced(adapted.network):
-                _, quiet = _rounds(patient, "silenced", rows_of(patient.units[:-1]), log)
-            starved = _starved_round(patient, plan, log)
+            quiet, quiet_plan = _silenced_rounds(patient, plan, log)
+            with silenced(adapted.network, log, lambda: 0.0):
+                starved, refusals = starved_rounds(patient, plan, log)
             probe = probe_of(patient, plan)
-            draws = draws_of(patient, plan)
+            draws, again = draws_of(patient, plan), draws_of(patient, plan, few=True)
+            cut, losses = cut_draws_of(patient, plan), loss_noise_of(patient, plan)
     finally:
         hook.remove()
         adapted.network.eval()
-    precision = _PRECISION[experiment.model.dtype]
-    return Subject(_promise(patient), plan, probe, draws, trained, quiet, starved, before, after, precision)
+    return Subject(
+        promise=_promise(patient),
+        plan=plan,
+        probe=probe,
+        draws=draws,
+        draws_again=again,
+        cut=cut,
+        losses=losses,
+        trained=trained,
+        silenced=quiet,
+        silenced_plan=quiet_plan,
+        starved=starved,
+        cards=(_card(patient, "trained", patient.rows, log), _card(patient, "silenced", _fewer(patient), log)),
+        refusals=refusals,
+        secrets=fresh_secrets(scratch),
+        base_before=before,
+        base_after=after,
+        precision=_PRECISION[experiment.model.dtype],
+        exact_release=_is_exact(patient),
+        dimension=sum(parameter.numel() for parameter in patient.trained.values()),
+    )
+
+
+def _fewer(patient: Patient) -> list[Row]:
+    return rows_of(patient.units[:-1])
+
+
+def _is_exact(patient: Patient) -> bool:
+    """Return whether what the optimizer is given is what was noised, divided by a constant, in float32."""
+    float32 = all(parameter.dtype == torch.float32 for parameter in patient.trained.values())
+    return float32 and patient.experiment.strategy.objective.kind not in _CORRECTED
+
+
+def _card(patient: Patient, name: str, rows: Sequence[Row], log: StepLog) -> Mapping[str, Any]:
+    site = WatchedSite(patient.site(name), rows, log)
+    try:
+        return site.card()
+    finally:
+        site.close()
+
+
+def _silenced_rounds(
+    patient: Patient, plan: PrivacyPlan, log: StepLog
+) -> tuple[tuple[ObservedRound, ...], PrivacyPlan]:
+    """Return rounds of one unit less without any gradient, losses first huge and then not finite; and that site's plan.
+
+    Without noise a loss that is not finite ruins the adapter, and no promise says otherwise.
+    """
+    losses = iter((_LOUD, math.nan if plan.is_private else _LOUD))
+    current = [_LOUD]
+
+    def next_round() -> None:
+        current[0] = next(losses)
+
+    with silenced(patient.adapted.network, log, lambda: current[0]):
+        quiet_plan, quiet = _rounds(patient, "silenced", _fewer(patient), log, next_round, may_refuse=plan.is_private)
+    return quiet, quiet_plan
 
 
 def _promise(patient: Patient) -> Promise:
@@ -78,7 +136,13 @@ def _promise(patient: Patient) -> Promise:
 
 
 def _rounds(
-    patient: Patient, name: str, rows: Sequence[Row], log: StepLog
+    patient: Patient,
+    name: str,
+    rows: Sequence[Row],
+    log: StepLog,
+    before_each: Callable[[], None] = lambda: None,
+    *,
+    may_refuse: bool = False,
 ) -> tuple[PrivacyPlan, tuple[ObservedRound, ...]]:
     """Return the site's own plan, and its first rounds."""
     # All copies publish what the first site publishes: only what they hold differs.
@@ -87,42 +151,11 @@ def _rounds(
         plan = site.rehearse(client_plan(patient.experiment, "doctor"))
         observed, adapter = list[ObservedRound](), patient.start
         for number in range(1, ROUNDS + 1):
-            one, adapter = _round(site, patient, patient.experiment, number, adapter, log)
+            before_each()
+            one, adapter = observed_round(
+                site, patient, patient.experiment, number, adapter, log, may_refuse=may_refuse
+            )
             observed.append(one)
         return plan, tuple(observed)
     finally:
         site.close()
-
-
-def _starved_round(patient: Patient, plan: PrivacyPlan, log: StepLog) -> ObservedRound:
-    """Return a round of a site whose draws are empty, nearly always."""
-    privacy = patient.local
-    if not isinstance(privacy, NoPrivacy):
-        # The same noise at another rate, and no search for the noise that this rate would need.
-        noise = {"target_epsilon": None, "noise_multiplier": plan.noise_multiplier, "delta": None, "batch_cap": None}
-        privacy = privacy.model_copy(update=noise)
-    whole = patient.experiment.privacy
-    updated = whole.model_copy(update={"local": privacy}) if isinstance(whole, ClientLevel) else privacy
-    experiment = patient.experiment.model_copy(update={"privacy": updated})
-    published = math.ceil(_STARVED * experiment.federation.local.expected_batch_size)
-    users = published if isinstance(privacy, UserLevel) else None
-    file = site_file(experiment, patient.name, published, patient.scratch / "starved", users)
-    site = WatchedSite(file, patient.units[0], log)
-    try:
-        return _round(site, patient, experiment, 1, patient.start, log)[0]
-    finally:
-        site.close()
-
-
-def _round(
-    site: WatchedSite, patient: Patient, experiment: Experiment, number: int, adapter: NamedTensors, log: StepLog
-) -> tuple[ObservedRound, NamedTensors]:
-    """Return what was seen of one real round, and the adapter after it."""
-    instruction = patient.instruction(experiment, number, adapter)
-    log.take()
-    reply = site.answer(instruction)
-    if reply.header.status == "refused":
-        raise ConfigError(f"the examined site refuses round {number} ({reply.header.code}): {reply.header.reason}")
-    moved = {name: float(tensor.double().norm()) for name, tensor in reply.tensors.items()}
-    booked = site.booked(instruction.header.plan.run)
-    return ObservedRound(log.take(), reply.header, moved, booked), add(adapter, reply.tensors)

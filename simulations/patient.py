@@ -14,9 +14,9 @@ from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, LocalPrivacy, UserLevel, local_privacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.datasets import Row
 from finetuning.models import load_base
 from finetuning.people import people_of
+from finetuning.rows import Row
 from protocol.errors import ConfigError
 from protocol.instructions import Instruction, InstructionHeader, client_plan
 from protocol.tensors import NamedTensors, digest
@@ -68,8 +68,10 @@ class Patient:
         users = len(self.units) if isinstance(self.local, UserLevel) else None
         return site_file(self.experiment, self.name, len(self.rows), self.scratch / purpose, users)
 
-    def instruction(self, experiment: Experiment, number: int, adapter: NamedTensors) -> Instruction:
-        """Return what a server would send in round `number`."""
+    def instruction(
+        self, experiment: Experiment, number: int, adapter: NamedTensors, clip_norm: float | None
+    ) -> Instruction:
+        """Return what a server would send in round `number`; `clip_norm` is None where none is asked for."""
         plan = client_plan(experiment, "doctor")
         header = InstructionHeader(
             round=number,
@@ -77,7 +79,7 @@ class Patient:
             plan_digest=plan.digest,
             base_digest=self.adapted.base.digest,
             adapter_digest=digest(adapter),
-            clip_norm=self.update_clip,
+            clip_norm=clip_norm,
         )
         return Instruction(header, {name: adapter[name] for name in sorted(self.trained)})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,10 @@ from client.site import Site
 from client.training import TrainingJob, longest_record, round_rule, train
 from conf.schema.privacy import UserLevel
 from finetuning.batches import collate
-from finetuning.datasets import Row
+from finetuning.rows import Row
 from finetuning.tasks.build import build_objective
-from privacy.doctor.subject import Probe
+from privacy.doctor.subject import CutDraws, Probe
+from privacy.gradients import GradientRule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream
 from privacy.sampling import PoissonSampling
@@ -26,13 +28,15 @@ from simulations.patient import Patient, rows_of
 from simulations.watching import gradient_of
 from strategies.averaging import plain_round
 
-__all__ = ["draws_of", "probe_of"]
+__all__ = ["cut_draws_of", "draws_of", "loss_noise_of", "probe_of"]
 
 _PROBED = 6
 """Units whose removal is tried."""
 _NORMALIZER = 7.0
 _KEY = b"the doctor's own"
 _DRAWS, _SLOTS_DRAWN = 2000, 40_000_000
+_FEW, _CUT = 50, 500
+_LOSSES, _VALUES_DRAWN = 500, 20_000_000
 
 
 def probe_of(patient: Patient, plan: PrivacyPlan) -> Probe:
@@ -57,19 +61,61 @@ def probe_of(patient: Patient, plan: PrivacyPlan) -> Probe:
     without = tuple(
         _released(patient, probing, rows_of([*units[:left], *units[left + 1 :]])) for left in range(len(units))
     )
-    return Probe(clip_norm, _NORMALIZER, alone, whole, without)
+    noised = None
+    if plan.is_private:
+        noising = replace(probing, noise_multiplier=plan.noise_multiplier, discrete=plan.discrete)
+        noised = _released(patient, noising, rows_of(units))
+    return Probe(clip_norm, _NORMALIZER, alone, whole, without, noised)
 
 
-def draws_of(patient: Patient, plan: PrivacyPlan) -> tuple[np.ndarray, ...]:
+def draws_of(patient: Patient, plan: PrivacyPlan, *, few: bool = False) -> tuple[np.ndarray, ...]:
     """Return what the real rule draws from a site whose slots are all filled."""
     slots = plan.sampling.slots
     count = int(min(max(_SLOTS_DRAWN / slots, 200), _DRAWS))
+    return _drawn(patient, plan, slots, _FEW if few else count)
+
+
+def cut_draws_of(patient: Patient, plan: PrivacyPlan) -> CutDraws | None:
+    """Return draws under a cap of half the expected batch, where half of the slots are filled; None without a cap."""
+    if plan.sampling.cap is None:
+        return None
+    slots = plan.sampling.slots
+    sampling = replace(plan.sampling, cap=max(1, int(plan.sampling.rate * slots / 2)))
+    filled = max(1, slots // 2)
+    count = int(min(max(_SLOTS_DRAWN / slots, 200), _CUT))
+    return CutDraws(sampling, filled, _drawn(patient, replace(plan, sampling=sampling), filled, count))
+
+
+def loss_noise_of(patient: Patient, plan: PrivacyPlan) -> np.ndarray:
+    """Return what the real rule adds to the sum of the losses in empty steps, shape (steps,)."""
+    if plan.loss is None:
+        return np.empty(0)
+    trained = list(patient.trained.values())
+    count = int(min(max(_VALUES_DRAWN / sum(each.numel() for each in trained), 50), _LOSSES))
+    totals = [0.0]
+    with _rule(patient, plan) as rule:
+        for taken in range(1, count + 1):
+            rule.finish()
+            totals.append((rule.released_loss or 0.0) * taken)
+    for parameter in trained:
+        parameter.grad = None
+    return np.diff(totals) * plan.normalizer
+
+
+def _drawn(patient: Patient, plan: PrivacyPlan, num_units: int, count: int) -> tuple[np.ndarray, ...]:
+    with _rule(patient, plan) as rule:
+        return tuple(np.asarray(rule.draw(num_units), dtype=np.int64) for _ in range(count))
+
+
+@contextmanager
+def _rule(patient: Patient, plan: PrivacyPlan) -> Generator[GradientRule]:
+    """Give the real rule, with randomness of its own."""
     stream = SecureStream.from_operating_system()
     names, task, site = frozenset(patient.trained), patient.experiment.task, patient.site("probe")
     longest = longest_record(patient.adapted, site)
     rule = round_rule(plan, patient.local, patient.adapted, names, task, site.runtime, stream, longest)
     try:
-        return tuple(np.asarray(rule.draw(slots), dtype=np.int64) for _ in range(count))
+        yield rule
     finally:
         rule.close()
 
@@ -98,7 +144,7 @@ def _released(patient: Patient, plan: PrivacyPlan, rows: Sequence[Row]) -> torch
     records = _records(patient, rows)
     job = TrainingJob(
         file=patient.site("probe"),
-        header=patient.instruction(one_step, 1, patient.start).header,
+        header=patient.instruction(one_step, 1, patient.start, patient.update_clip).header,
         adapted=patient.adapted,
         trained_names=frozenset(patient.trained),
         local=plain_round(patient.start, frozenset(patient.trained), local),

@@ -21,8 +21,8 @@ from conf.schema import robust as schema
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import collate, tokenize_rows
-from finetuning.datasets import Row
 from finetuning.models import load_base
+from finetuning.rows import Row
 from finetuning.tokenizing import sequence_bound
 from protocol.errors import ConfigError
 from simulations.attacks import AttackedPopulation, attack_named, triggered

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -22,7 +22,7 @@ from conf.schema.privacy import LocalPrivacy
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
-from finetuning.datasets import Row
+from finetuning.rows import Row
 from privacy.doctor.subject import ObservedStep
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan
@@ -44,7 +44,7 @@ class StepLog:
     def step(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Take one optimizer step's input."""
         gradient = tuple(_thinned(gradient_of(p)) for group in optimizer.param_groups for p in group["params"])
-        self.steps.append(ObservedStep(frozenset(self.looked_up), gradient))
+        self.steps.append(ObservedStep(frozenset(self.looked_up), gradient, torch.initial_seed()))
         self.looked_up.clear()
 
     def take(self) -> tuple[ObservedStep, ...]:
@@ -102,6 +102,10 @@ class WatchedSite:
             return ()
         return tuple(self._site.state.ledger(self._units).mechanisms(run))
 
+    def card(self) -> Mapping[str, Any]:
+        """Return what the site says of itself, without its key and the key's signature."""
+        return self._site.card().model_dump(mode="json", exclude={"key", "signature"})
+
     def close(self) -> None:
         """Release the site's files."""
         self._site.close()
@@ -134,11 +138,18 @@ def frozen_digest(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> st
 
 
 @contextmanager
-def silenced(network: nn.Module) -> Generator[None]:
-    """Make the network's answer a constant: every record's gradient is exactly zero."""
+def silenced(network: nn.Module, log: StepLog, loss: Callable[[], float]) -> Generator[None]:
+    """Take every record's gradient away: it is exactly zero, or not a number.
+
+    While training reads records, which `log` sees, `loss()` is added to one answer of the network: a huge number makes
+    every loss huge that belongs to another answer, NaN makes all losses NaN. Made-up examples get constant answers.
+    """
 
     def silence(_module: nn.Module, _arguments: Any, output: Any) -> Any:
-        output.logits = output.logits * 0
+        logits = output.logits * 0
+        if log.looked_up:
+            logits = logits + loss() * nn.functional.one_hot(torch.tensor(0), logits.shape[-1]).to(logits)
+        output.logits = logits
         return output
 
     handle = network.register_forward_hook(silence)

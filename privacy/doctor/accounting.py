@@ -19,7 +19,10 @@ _ROUNDING = 1e-6
 
 
 def booked_is_what_was_executed(subject: Subject) -> Verdict:
-    """After each round the ledger holds one entry more, with the steps, rate and noise that were observed."""
+    """After each round the ledger holds one entry more, with the steps, rate and noise that were observed.
+
+    Also where no loss is finite, and at a site whose own file asks for fewer steps than the plan.
+    """
     if not subject.plan.is_private:
         return Verdict(_BOOKED, None, "nothing is booked")
     expected: list[SubsampledGaussian] = []
@@ -31,6 +34,7 @@ def booked_is_what_was_executed(subject: Subject) -> Verdict:
         if wrong or tuple(observed.booked) != tuple(expected):
             return Verdict(_BOOKED, False, f"round {number}: {wrong or 'an earlier entry was changed'}")
     fault, evidence = _rate(subject)
+    fault = fault or _other_steps(subject)
     if fault:
         return Verdict(_BOOKED, False, fault)
     steps = [len(observed.steps) for observed in subject.trained]
@@ -42,11 +46,13 @@ def empty_batches_are_steps(subject: Subject) -> Verdict:
 
     Without privacy an empty batch must still be a step, for the sake of comparison.
     """
-    steps, planned = subject.starved.steps, subject.promise.local.steps
+    steps, planned = subject.starved.first.steps, subject.starved.steps
     empty = [step for step in steps if not step.units]
     evidence = f"{len(steps)} of {planned} steps taken, {len(empty)} of them on an empty batch"
     if len(steps) != planned or not empty:
         return Verdict(_EMPTY, False, evidence)
+    if subject.starved.first.header.steps != planned:
+        return Verdict(_EMPTY, False, f"{evidence}; the reply states {subject.starved.first.header.steps}")
     if not subject.plan.is_private:
         return Verdict(_EMPTY, True, evidence)
     silent = sum(1 for step in empty if not all(bool(part.any()) for part in step.gradient))
@@ -102,6 +108,19 @@ def _executed(subject: Subject, steps: int) -> SubsampledGaussian:
     cap, slots = plan.sampling.cap, promise.published_units
     cut = None if cap is None or cap >= slots else Truncation(slots, cap)
     return SubsampledGaussian(promise.local.expected_batch_size / slots, noise, steps, cut, plan.discrete)
+
+
+def _other_steps(subject: Subject) -> str:
+    """Return a fault or "": the rounds beside the trained ones take, book and state the steps that were asked for."""
+    asked = {"silenced": subject.promise.local.steps, "starved": subject.starved.steps}
+    seen = {"silenced": subject.silenced, "starved": (subject.starved.first, subject.starved.twin)}
+    for name, rounds in seen.items():
+        for observed in rounds:
+            told = len(observed.steps), observed.header.steps, observed.booked[-1].steps if observed.booked else 0
+            if set(told) != {asked[name]}:
+                taken, stated, booked = told
+                return f"{name} round: {asked[name]} steps asked, {taken} taken, {stated} stated, {booked} booked"
+    return ""
 
 
 def _difference(booked: SubsampledGaussian, executed: SubsampledGaussian) -> str:

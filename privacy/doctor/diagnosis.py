@@ -11,6 +11,7 @@ from privacy.doctor.accounting import (
     empty_batches_are_steps,
     statement_is_true,
 )
+from privacy.doctor.bits import low_bits_tell_nothing
 from privacy.doctor.gradients import (
     adapters_move,
     base_stays,
@@ -19,9 +20,16 @@ from privacy.doctor.gradients import (
     release_scale_is_public,
     updates_are_clipped,
 )
+from privacy.doctor.losses import released_loss_is_noised
 from privacy.doctor.metrics import no_metric_leaves_unprotected
-from privacy.doctor.noise import noise_has_the_calibrated_deviation, noise_is_fresh_and_normal
+from privacy.doctor.noise import (
+    noise_does_not_depend_on_the_sum,
+    noise_has_the_calibrated_deviation,
+    noise_is_fresh_and_normal,
+)
 from privacy.doctor.sampler import sampler_is_poisson
+from privacy.doctor.second_accountant import accountant_agrees_with_others
+from privacy.doctor.secrecy import randomness_is_secret, repeatable_noise_is_refused
 from privacy.doctor.subject import Subject, Verdict
 
 __all__ = ["CHECKS", "Check", "diagnose", "exit_code"]
@@ -44,6 +52,12 @@ CHECKS: MappingProxyType[int, Check] = MappingProxyType(
         21: delta_is_for_the_whole_run,
         22: no_metric_leaves_unprotected,
         23: updates_are_clipped,
+        24: randomness_is_secret,
+        25: noise_does_not_depend_on_the_sum,
+        26: low_bits_tell_nothing,
+        27: released_loss_is_noised,
+        28: accountant_agrees_with_others,
+        29: repeatable_noise_is_refused,
     }
 )
 """Exit code of `cloister doctor` -> the check whose failure it tells. A code keeps its meaning."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from privacy.doctor.subject import ObservedRound, Subject, Verdict
@@ -15,10 +16,18 @@ _NAME = "no metric leaves unprotected"
 def no_metric_leaves_unprotected(subject: Subject) -> Verdict:
     """Two sites that differ in one unit and in every loss and gradient answer with the same header.
 
-    Losses, gradient norms, clip fractions, counts and times would all differ; a noised, charged loss may.
+    Losses, gradient norms, clip fractions, counts and times would all differ; a noised, charged loss may. Cards and
+    plans are equal too, since both follow from what is published; and that no loss of a round is finite is not told.
     """
     if not subject.promise.is_private:
         return Verdict(_NAME, None, "nothing is promised")
+    told = sorted({name for name in subject.cards[0] if subject.cards[0][name] != subject.cards[1].get(name)})
+    if told:
+        return Verdict(_NAME, False, f"{', '.join(told)} of the card depends on the records")
+    if subject.plan.is_private and subject.plan != subject.silenced_plan:
+        mine, others = asdict(subject.plan), asdict(subject.silenced_plan)
+        differing = ", ".join(name for name in mine if mine[name] != others[name])
+        return Verdict(_NAME, False, f"{differing} of the privacy plan depends on the records")
     noised = {name for name, metric in METRICS.items() if metric.kind == "dp" and subject.plan.loss is not None}
     allowed = noised | {name for name, metric in METRICS.items() if metric.kind == "public"}
     for number, pair in enumerate(zip(subject.trained, subject.silenced, strict=True), start=1):

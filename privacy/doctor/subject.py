@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,20 @@ from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy
 from privacy.mechanisms import SubsampledGaussian
 from privacy.plan import PrivacyPlan
+from privacy.sampling import PoissonSampling
 from protocol.instructions import ReplyHeader
 
-__all__ = ["FALSE_ALARM", "ObservedRound", "ObservedStep", "Probe", "Promise", "Subject", "Verdict"]
+__all__ = [
+    "FALSE_ALARM",
+    "CutDraws",
+    "ObservedRound",
+    "ObservedStep",
+    "Probe",
+    "Promise",
+    "Starved",
+    "Subject",
+    "Verdict",
+]
 
 FALSE_ALARM = 1e-6
 """The chance that a statistical check fails a healthy program, per check."""
@@ -64,6 +76,8 @@ class Probe:
     """The gradient that the optimizer was given when all units were drawn."""
     without: tuple[torch.Tensor, ...]
     """The same with one unit's records left out of the site's data, for each unit in turn."""
+    noised: torch.Tensor | None
+    """`whole` once more, with the plan's noise for this clip norm; None where no noise is promised."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +87,8 @@ class ObservedStep:
     units: frozenset[int]
     gradient: tuple[torch.Tensor, ...]
     """One float64 tensor per trained parameter, flat."""
+    dropout_seed: int
+    """What torch's generator was seeded with last: what decides the dropout masks of this step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +101,36 @@ class ObservedRound:
     """The L2 norm of the update, per tensor that left the site."""
     booked: tuple[SubsampledGaussian, ...]
     """Everything that the site's ledger holds after the round, in order."""
+    update: str
+    """The digest of what left."""
+
+
+@dataclass(frozen=True, eq=False)
+class Starved:
+    """Rounds of a site with a single unit, almost never drawn, whose own file asks for fewer steps than the plan.
+
+    Its gradients are zero, so all that it sends is noise.
+    """
+
+    steps: int
+    """What its file allows."""
+    first: ObservedRound
+    repeated: ObservedRound
+    """The same question once more."""
+    elsewhere: ObservedRound
+    """The same round from another adapter, asked of a site with the same secret that has lost its ledger (with it, it
+    would refuse)."""
+    twin: ObservedRound
+    """The first question at a second site: equal in everything but its state directory, and so its secret."""
+
+
+@dataclass(frozen=True, eq=False)
+class CutDraws:
+    """Draws by the real rule under a cap that nearly always cuts, at a site with fewer units than slots."""
+
+    sampling: PoissonSampling
+    num_units: int
+    draws: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +142,37 @@ class Subject:
     probe: Probe
     draws: tuple[np.ndarray, ...]
     """Positions drawn by the real gradient rule from a site whose every slot is filled."""
+    draws_again: tuple[np.ndarray, ...]
+    """The first few draws of a second rule, with randomness of its own."""
+    cut: CutDraws | None
+    """None where no cap is promised."""
+    losses: np.ndarray
+    """Empty steps' released losses times the normalizer: noise alone, shape (steps,); empty where none is released."""
     trained: tuple[ObservedRound, ...]
     """Consecutive rounds of one run at one site."""
     silenced: tuple[ObservedRound, ...]
-    """The same rounds at a site with one unit less, whose network answers nothing: all gradients are zero."""
-    starved: ObservedRound
-    """A round of a site with a single unit, almost never drawn."""
+    """The same rounds at a site with one unit less, whose gradients are all zero: in the first because every loss is a
+    huge constant, in the second, where anything is promised to records, because none is finite."""
+    silenced_plan: PrivacyPlan
+    """The plan of the site with one unit less, which publishes the same."""
+    starved: Starved
+    cards: tuple[Mapping[str, Any], ...]
+    """What two sites say of themselves that publish the same and hold different numbers of units; without the key."""
+    refusals: Mapping[str, ReplyHeader]
+    """The answer to plans with repeatable noise, by where the seed stands."""
+    secrets: tuple[bytes, ...]
+    """Made in fresh state directories, the program's global random generators being in the same state each time."""
     base_before: str
     base_after: str
     """Digests of everything that must not move."""
     precision: float
     """Relative error that the arithmetic of the base's dtype explains."""
+    exact_release: bool
+    """Whether the optimizer is given float32 quotients of what was noised, with no term of a local objective added."""
+    dimension: int
+    """Trained values."""
+
+    @property
+    def noise_alone(self) -> tuple[ObservedRound, ...]:
+        """The rounds whose gradients are noise and nothing else, each with noise of its own."""
+        return (*self.silenced, self.starved.first, self.starved.elsewhere, self.starved.twin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class WrittenOut:
 
     def accumulate(self, losses: torch.Tensor, owners: torch.Tensor | None = None) -> None:
         rows = torch.autograd.grad(self.loss(losses), self.parameters)
+        if not all(bool(torch.isfinite(row).all()) for row in rows):
+            return  # it counts as zero
         self.sums = [
             total + factor * row for total, factor, row in zip(self.sums, self.factors(rows), rows, strict=True)
         ]
@@ -61,9 +64,17 @@ class WrittenOut:
     def finish(self) -> None:
         deviation = self.plan.noise_multiplier * self.plan.clip_norm
         for parameter, total in zip(self.parameters, self.sums, strict=True):
-            noise = torch.from_numpy(self.stream.gaussian(total.numel())).float().reshape(total.shape) * deviation
-            parameter.grad = (total + noise) / self.plan.normalizer
+            noise = torch.from_numpy(self.stream.gaussian(total.numel())).reshape(total.shape) * deviation
+            parameter.grad = self.on_the_lattice(total.double() + noise, deviation).float() / self.plan.normalizer
         self.sums = [torch.zeros_like(each) for each in self.parameters]
+
+    @staticmethod
+    def on_the_lattice(values: torch.Tensor, deviation: float) -> torch.Tensor:
+        """docs/decisions/0005-noise.md."""
+        if deviation == 0:
+            return values
+        spacing = 2.0 ** (math.floor(math.log2(deviation)) - 18)
+        return (values / spacing).round() * spacing
 
     def close(self) -> None:
         pass

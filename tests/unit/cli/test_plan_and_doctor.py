@@ -142,5 +142,5 @@ def test_the_doctor_says_what_it_does_not_examine() -> None:
     result = CliRunner().invoke(app, ["doctor", "privacy=client_level", "experiment=smoke"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "pass updates are clipped as a whole: norms of 4 updates at most 1.000000 x the clip norm" in result.output
-    assert "8 of 8 checks passed for privacy=client_level" in result.output
+    assert "9 of 9 checks passed for privacy=client_level" in result.output
     assert "not examined: the noise on the sum of updates, and its price, are the server's" in result.output
