@@ -204,7 +204,8 @@ def collate(
         examples: what to learn.
         pad_token_id: fills the padding.
         rows: pads to so many rows. A padding row has nothing to learn, and one visible token, so that no attention is
-            over nothing; its loss belongs to no example.
+            over nothing; its loss belongs to no example. Its tokens are the first example's: some classifiers look for
+            the end of a text in every row.
         length: pads to so many tokens; None: to the longest example.
         full: padding rows are visible from end to end, as all examples are then: no row has any padding.
     """
@@ -219,6 +220,7 @@ def collate(
         ids[row, :used] = example.input_ids
         mask[row, :used] = 1
         targets[row, :used] = np.where(example.trained, example.input_ids, IGNORED)
+    ids[len(examples) :] = ids[:1]
     known = [example.label for example in examples if example.label is not None]
     if known and len(known) != len(examples):
         raise ValueError(f"{len(known)} of {len(examples)} examples have a label; a batch needs all or none")

@@ -148,7 +148,8 @@ def test_without_units_each_record_is_one_and_sums_count_fully() -> None:
 def test_collate_pads_rows_and_tokens() -> None:
     labelled = Example(np.array([5, 6], dtype=np.int32), np.zeros(2, dtype=np.bool_), 3)
     batch = collate([labelled], PAD, rows=2, length=3)
-    assert batch.input_ids.tolist() == [[5, 6, PAD], [PAD, PAD, PAD]]
+    assert batch.input_ids.tolist() == [[5, 6, PAD], [5, 6, PAD]]
+    assert batch.targets.tolist() == [[IGNORED] * 3] * 2
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 0, 0]]
     assert batch.labels is not None
     assert batch.labels.tolist() == [3, 0]
