@@ -32,13 +32,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from client.shared_masks import shared_masks
 from client.trials import dropout_rates, examples_for, traceless
 from conf.schema.privacy import ExampleLevel, UserLevel
 from conf.schema.site import SiteRuntime
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example, collate
 from finetuning.models import checkpointing
-from finetuning.padding import padded_length
+from finetuning.padding import LONGEST_TRIED, padded_length
 from finetuning.tasks.base import TaskObjective
 from privacy.gradients import batched_gradients, refuse_coupled_examples, refuse_or_warn, trained_without_rule
 from privacy.per_example import ONE_BY_ONE
@@ -51,8 +52,6 @@ _BATCHES = ((9, 6, 4), (18, 31, 23, 27, 20))
 """Tokens of the examples that meet in a batch; no batch has as many examples as its rows have positions, so that rows
 of positions are no rows of examples."""
 _FIRST_ALONE = 33
-_WITHOUT_BOUND = 512
-"""The longest that is tried where neither the model nor the configuration bounds a record."""
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ROUNDED = 0.25
 """Tolerance for 16-bit bases: padding changes how they round."""
@@ -60,8 +59,22 @@ _NEGLIGIBLE = 0.1
 """Of a tensor's even share of the gradient: below it a difference is measured against this, not against the tensor."""
 _REMEMBERED = 1e-6
 """Relative difference of two losses of the same example that is no rounding."""
-_NOT_FINITE = "the gradients of made-up examples are not finite, so that no rule could be tried"
-_PICKING = ("nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "histc", "sort", "_grouped_mm")
+_NOT_FINITE = "the gradients of made-up examples are zero or not finite, so that no rule could be tried"
+_PICKING = (
+    "nonzero",
+    "nonzero_static",
+    "masked_select",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "unique_dim_consecutive",
+    "repeat_interleave",
+    "bincount",
+    "histc",
+    "sort",
+    "_grouped_mm",
+)
 """Operators whose rows depend on the values: a routed expert multiplies the tokens that chose it, whosever they are."""
 
 
@@ -96,12 +109,13 @@ def way_of_gradients(
     """
     way = "one_by_one" if privacy.discrete else asked.per_example_gradients
     refuse_coupled_examples(adapted.network)
-    longest = longest or adapted.base.context
-    key = (way, frozenset(trained), type(objective), runtime.gradient_checkpointing, runtime.static_shapes, longest)
+    longest = longest or min(adapted.base.context or LONGEST_TRIED, LONGEST_TRIED)
+    how = (runtime.gradient_checkpointing, runtime.static_shapes)
+    key = (way, frozenset(trained), type(objective), classes, longest, *how)
     first_time = key not in adapted.checked
     if first_time:
         missing = trained_without_rule(way, adapted.network, trained)
-        lengths = probed_lengths(longest, runtime.micro_batch_tokens)
+        lengths = probed_lengths(longest)
         trial = _DryRun(
             adapted,
             trained,
@@ -120,22 +134,21 @@ def way_of_gradients(
     return "one_by_one"
 
 
-def probed_lengths(longest: int | None, micro_batch_tokens: int) -> tuple[tuple[int, ...], ...]:
+def probed_lengths(longest: int) -> tuple[tuple[int, ...], ...]:
     """Return the lengths of the made-up examples, batch by batch: two batches of short ones, then single ones.
 
     Those follow powers of two, one token above each, where padding is largest; the last is the longest that a record
-    can have, within what a micro-batch holds.
+    can have, whatever a micro-batch holds: a longer record is computed all the same, alone.
 
-    >>> probed_lengths(100, 8192)
+    >>> probed_lengths(100)
     ((9, 6, 4), (18, 31, 23, 27, 20), (33,), (65,), (100,))
-    >>> probed_lengths(24, 8192)
+    >>> probed_lengths(24)
     ((9, 6, 4), (18, 24, 23, 24, 20))
     """
-    most = min(longest or _WITHOUT_BOUND, max(micro_batch_tokens, max(_BATCHES[0])))
-    batches = [tuple(min(length, most) for length in batch) for batch in _BATCHES]
-    powers = range((_FIRST_ALONE - 1).bit_length() - 1, most.bit_length())
+    batches = [tuple(min(length, longest) for length in batch) for batch in _BATCHES]
+    powers = range((_FIRST_ALONE - 1).bit_length() - 1, longest.bit_length())
     alone = sorted(
-        {length for length in (*((1 << power) + 1 for power in powers), most) if _FIRST_ALONE <= length <= most}
+        {length for length in (*((1 << power) + 1 for power in powers), longest) if _FIRST_ALONE <= length <= longest}
     )
     return (*batches, *((length,) for length in alone))
 
@@ -150,7 +163,7 @@ class _DryRun:
     runtime: SiteRuntime
     way: str
     batches: Sequence[Sequence[Example]]
-    longest: int | None
+    longest: int
 
     def problem(self) -> str | None:
         """Return why the way would not be exact, or None."""
@@ -161,19 +174,22 @@ class _DryRun:
             stack.enter_context(dropout_rates(self.adapted.network, 0.0))
             self.adapted.network.train()
             truth, picking = self._tried(first)
-            usable = _finite(truth)
+            usable = _finite(truth) and any(bool(each.any()) for each in truth)
             found = self._problem_of_way(first, truth, picking) if usable else _NOT_FINITE
             changed = self._remembered_lengths()
             self._alone(second)
             again = self._differing(self._alone(first), truth) if usable else []
             _refuse_memory([*changed_buffers(), *again, *changed])
-        return None if self.way == "one_by_one" else found
+        if self.way == "one_by_one":
+            return None
+        return found or shared_masks(self.adapted.network, self._losses, self.batches[:2])
 
     def _tried(self, example: Example) -> tuple[list[torch.Tensor], str | None]:
         """Return the gradient of the first example, and the operator that picks rows by their values, if one does."""
         try:
-            with _Picking() as picking:
-                return self._alone(example), picking.found
+            with _Picking() as picking, torch.no_grad():
+                self._losses(self.batches[0], length=self._padded(self.batches[0]))  # several rows, and padding
+            return self._alone(example), picking.found
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -228,7 +244,7 @@ class _DryRun:
     def _padded(self, batch: Sequence[Example]) -> int:
         """Return how far a run pads these examples."""
         longest = max(len(example) for example in batch)
-        if self.runtime.static_shapes and self.longest is not None:
+        if self.runtime.static_shapes:
             return padded_length(max(longest, self.longest), self.longest)
         return padded_length(longest, self.longest)
 
@@ -323,7 +339,7 @@ class _Picking(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator."""
         name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put_") and any(
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
             each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
         )
         if self.found is None and (by_mask or name in _PICKING):

@@ -5,7 +5,9 @@ floating point that is a matter of kernels: a matrix product of all rows may add
 A large adapter, which a server can send, amplifies such a difference without bound. So before a shape is used for the
 first time, a batch of made-up rows of that shape is compared with each row alone, bit by bit. In which order a kernel
 adds depends on shapes, addresses and threads, never on values: what holds for made-up rows and a made-up adapter holds
-for all. Where rows differ, every unit of that padded length is computed alone (`finetuning.units`).
+for all. The rows are as short and as long as any that are padded so far: a network can also see how long the longest of
+a batch really is. Where rows differ, or tell nothing because a gradient is zero or not finite, the units of such a
+batch are computed alone (`finetuning.units`).
 """
 
 from __future__ import annotations
@@ -19,16 +21,13 @@ import torch
 from client.trials import dropout_rates, examples_for, traceless
 from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example, collate
-from finetuning.padding import BatchShape
+from finetuning.padding import BatchShape, shortest_padded_to
 from finetuning.tasks.base import TaskObjective
 
 __all__ = ["RowCheck"]
 
 _log = logging.getLogger(__name__)
 _NOTHING_DROPPED = 1e-30
-_SHORTER = 7
-"""Tokens by which every other made-up row is shorter, so that two kinds of rows meet."""
-
 PerUnit = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 """Losses (examples,) and their units to one tensor (units, *parameter shape) per parameter."""
 
@@ -45,6 +44,8 @@ class RowCheck:
     per_unit: PerUnit
     classes: int | None
     static: bool
+    longest: int | None
+    """Public bound on a record's tokens."""
     key: tuple[object, ...]
     """What else the kernels depend on: the way, the trained parameters, and how the network runs."""
 
@@ -58,26 +59,34 @@ class RowCheck:
             if self.adapted.checked[key] is not None:
                 _log.warning(
                     "the rows of a batch of %d x %d tokens are not computed as each one alone is, on this machine: "
-                    "records of that length are computed one by one",
+                    "such a batch is computed one by one",
                     shape.rows,
                     shape.length,
                 )
         return self.adapted.checked[key] is None
 
     def _alike(self, shape: BatchShape) -> bool:
-        lengths = [shape.length - (0 if shape.full else 1), shape.length - (0 if shape.full else _SHORTER)]
-        pair = examples_for(self.adapted, self.classes, [max(length, 2) for length in lengths], seed=shape.rows)
+        kinds = examples_for(self.adapted, self.classes, self._lengths(shape), seed=shape.rows)
         real = shape.rows - 1 if self.static else shape.rows
         with traceless(self.adapted), dropout_rates(self.adapted.network, _NOTHING_DROPPED):
             self.adapted.network.train()
-            together = self._rows([pair[position % 2] for position in range(real)], shape)
+            together = self._rows([kinds[position % len(kinds)] for position in range(real)], shape)
             own = BatchShape(shape.rows if self.static else 1, shape.length, shape.full)
-            alone = [self._rows([example], own) for example in pair]
-        return all(
-            torch.equal(rows[position], alone[position % 2][which][0])
+            alone = [self._rows([example], own) for example in kinds]
+        telling = all(bool(torch.isfinite(rows).all()) and bool(rows.any()) for rows in together)
+        return telling and all(
+            torch.equal(rows[position], alone[position % len(kinds)][which][0])
             for which, rows in enumerate(together)
             for position in range(real)
         )
+
+    def _lengths(self, shape: BatchShape) -> list[int]:
+        """Return tokens of made-up examples: the longest that such a batch holds, the shortest, and one between."""
+        if shape.full:
+            return [shape.length] * 3
+        longest = max(shape.length - 1, 2)
+        shortest = 2 if self.static else min(shortest_padded_to(shape.length, self.longest), longest)
+        return [longest, shortest, (longest + shortest + 1) // 2]
 
     def _rows(self, examples: list[Example], shape: BatchShape) -> list[torch.Tensor]:
         base = self.adapted.base
@@ -86,5 +95,5 @@ class RowCheck:
         losses = self.objective.losses(self.adapted.network, batch.to(base.device))
         owners = torch.arange(shape.rows, device=losses.device)
         owners[len(examples) :] = -1
-        # Copies: a rule may hand out views of what it keeps.
-        return [rows.clone() for rows in self.per_unit(losses * (owners >= 0), owners)]
+        # Copies: a rule may hand out views of what it keeps. The losses may be released, so they count too.
+        return [losses.detach().clone(), *(rows.clone() for rows in self.per_unit(losses * (owners >= 0), owners))]

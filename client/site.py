@@ -25,6 +25,7 @@ from finetuning.batches import TokenizedRows, tokenize_rows
 from finetuning.datasets import read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
+from finetuning.padding import LONGEST_TRIED
 from finetuning.people import People, people_of
 from finetuning.rows import Row, at_place
 from finetuning.tokenization_report import TokenizationReport
@@ -214,8 +215,19 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
             special_tokens=data.special_tokens,
             labels=file.task.labels,
         )
+    _check_tried(file, tokenized)
     check_fits(adapted.base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
     return tokenized
+
+
+def _check_tried(file: SiteFile, tokenized: TokenizedRows) -> None:
+    longest = max(len(example) for example in tokenized.examples)
+    if file.data.max_length is None and longest > LONGEST_TRIED:
+        raise DataError(
+            f"site {file.name}: a record has {longest} tokens; more than {LONGEST_TRIED} must be asked for, because a "
+            f"network is tried at that length before anything is booked: set data.max_length={longest}, or less to "
+            "cut longer records"
+        )
 
 
 def open_site(path: Path) -> Site:

@@ -20,13 +20,13 @@ from finetuning.adapters import AdaptedModel
 from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.memory import examples_that_fit
+from finetuning.padding import LONGEST_TRIED
 from finetuning.tasks.build import build_objective
 from finetuning.tokenizing import sequence_bound
 from privacy.example_level import NativeGradients, OpacusGradients
 from privacy.gradients import GradientRule, gradient_rule
 from privacy.plan import PrivacyPlan
 from privacy.randomness import SecureStream, inputs_digest, round_stream
-from protocol.errors import ModelError
 from protocol.instructions import InstructionHeader
 from protocol.tensors import NamedTensors, digest
 from strategies.base import LocalRound
@@ -159,7 +159,7 @@ def check_gradients(
     trained_names: frozenset[str],
     task: Task,
     runtime: SiteRuntime,
-    longest: int | None,
+    longest: int,
 ) -> None:
     """Refuse what cannot be trained under a plan, before anything is spent.
 
@@ -179,19 +179,14 @@ def round_rule(
     task: Task,
     runtime: SiteRuntime,
     stream: SecureStream,
-    longest: int | None,
+    longest: int,
 ) -> GradientRule:
     """Return the gradient rule of a round: the plan's, whose per-example gradients a dry run found to be exact.
 
     Raises:
         PrivacyError: as `client.dry_run.way_of_gradients` and `privacy.gradients.gradient_rule` do.
-        ModelError: the network fails on made-up examples, or static shapes have no bound.
+        ModelError: the network fails on made-up examples.
     """
-    if runtime.static_shapes and longest is None:
-        raise ModelError(
-            "runtime.static_shapes=true pads every record to the longest that one can be, and this model states no "
-            "context: set data.max_length"
-        )
     trained = adapted.train_only(trained_names)
     if isinstance(asked, NoPrivacy):
         return gradient_rule(privacy, "native", adapted.network, trained, stream, without_rule="one_by_one")
@@ -200,14 +195,15 @@ def round_rule(
     return gradient_rule(privacy, way, adapted.network, trained, stream, without_rule=asked.without_rule)
 
 
-def longest_record(adapted: AdaptedModel, file: SiteFile) -> int | None:
-    """Return the public bound on a record's tokens, or None where neither the site's file nor the model sets one.
+def longest_record(adapted: AdaptedModel, file: SiteFile) -> int:
+    """Return the public bound on a record's tokens: the site's file's, or the model's up to what is tried unasked.
 
     Raises:
         DataError: the site's file asks for more than the model takes.
     """
-    base = adapted.base
-    return sequence_bound(file.data.max_length, base.tokenizer, base.context)
+    base, asked = adapted.base, file.data.max_length
+    bound = sequence_bound(asked, base.tokenizer, base.context)
+    return asked or min(bound or LONGEST_TRIED, LONGEST_TRIED)
 
 
 def _row_check(job: TrainingJob, rule: GradientRule) -> RowCheck | None:
@@ -221,6 +217,7 @@ def _row_check(job: TrainingJob, rule: GradientRule) -> RowCheck | None:
         per_unit=rule.per_unit,
         classes=_classes(task),
         static=runtime.static_shapes,
+        longest=longest_record(job.adapted, job.file),
         key=(type(rule), job.trained_names, runtime.gradient_checkpointing, runtime.static_shapes, task),
     )
 

@@ -14,8 +14,9 @@ from finetuning.made_up import made_up_examples
 
 __all__ = ["dropout_rates", "examples_for", "traceless"]
 
-_SPREAD = 0.02
-"""Added to every adapter value: a factor B of zeros would hide every fault of A."""
+_SPREAD = 0.1
+"""Standard deviation of the made-up adapter that a trial puts in place of the received one, whoever sent that: values
+that overflow would hide every fault, as a factor B of zeros would."""
 
 
 def examples_for(
@@ -55,7 +56,7 @@ def dropout_rates(network: nn.Module, rate: float) -> Generator[None]:
 
 @contextmanager
 def traceless(adapted: AdaptedModel) -> Generator[Callable[[], list[str]]]:
-    """Spread the adapter's values, and put everything back; yields a function that names the buffers that changed."""
+    """Exchange the adapter for a made-up one, and put all back; yields what names the buffers that changed."""
     network, device = adapted.network, adapted.base.device
     values = [each.detach().clone() for each in adapted.parameters.values()]
     gradients = [(each, each.grad) for each in network.parameters()]
@@ -76,8 +77,9 @@ def traceless(adapted: AdaptedModel) -> Generator[Callable[[], list[str]]]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             with torch.no_grad():
-                for parameter in adapted.parameters.values():
-                    parameter += _SPREAD * torch.randn(parameter.shape, generator=generator).to(parameter)
+                for name, parameter in adapted.parameters.items():
+                    made_up = _SPREAD * torch.randn(parameter.shape, generator=generator).to(parameter)
+                    parameter.copy_(adapted.magnitudes[name] + made_up if name in adapted.magnitudes else made_up)
             yield changed
         finally:
             with torch.no_grad():

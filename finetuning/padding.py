@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BatchShape", "padded_length", "padded_rows"]
+__all__ = ["LONGEST_TRIED", "BatchShape", "padded_length", "padded_rows", "shortest_padded_to"]
+
+LONGEST_TRIED = 2048
+"""Tokens. Networks are tried with records as long as any may be; a longer bound than this has to be asked for, by
+`data.max_length`, since a trial at a modern model's whole context takes minutes on a CPU."""
 
 _STEP = 16
 """Tokens; a multiple keeps every row of a batch at an address that vector instructions treat alike."""
@@ -43,6 +47,18 @@ def padded_length(tokens: int, most: int | None = None) -> int:
     step = max(_STEP, (1 << (tokens - 1).bit_length()) // (2 * _STEPS_PER_OCTAVE))
     length = -(-tokens // step) * step
     return length if most is None else max(tokens, min(length, most))
+
+
+def shortest_padded_to(length: int, most: int | None = None) -> int:
+    """Return the fewest tokens, two at least, that are padded to `length`.
+
+    >>> shortest_padded_to(16), shortest_padded_to(48), shortest_padded_to(1024), shortest_padded_to(100, most=100)
+    (2, 33, 961, 97)
+    """
+    shortest = length
+    while shortest > 2 and padded_length(shortest - 1, most) == length:
+        shortest -= 1
+    return shortest
 
 
 def padded_rows(rows: int) -> int:

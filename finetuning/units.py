@@ -160,6 +160,8 @@ class MicroBatches:
             return self.static
         rows = sum(len(unit) for unit in group)
         more = padded_rows(rows) if len(group) > 1 else rows
+        if self.max_units is not None:
+            more = min(more, max(rows, self.max_units))  # a padding row's gradient takes memory too
         return BatchShape(more if more * length <= self.max_tokens else rows, length, full)
 
     def _padded(self, units: Sequence[_Unit], shape: BatchShape) -> MicroBatch:

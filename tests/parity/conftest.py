@@ -1,7 +1,7 @@
 """Networks with a random adapter, privacy plans, and an independent computation of the clipped sum."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Bench:
                 self.adapted.base.pad_token_id,
                 max_tokens=micro_batch_tokens,
                 max_units=rule.max_micro_batch,
-                **({"alike": self.row_check(rule, grouping.get("static_shapes", False))} | grouping),
+                **({"alike": self.row_check(rule, grouping)} | grouping),
             )
             for part in made.of_step(range(len(made.units))):
                 rule.accumulate(objective.losses(self.adapted.network, part.batch) * part.weights, part.owners)
@@ -78,13 +78,14 @@ class Bench:
             for parameter in self.trained.values():
                 parameter.grad = None
 
-    def row_check(self, rule: GradientRule, static: bool) -> Callable[[BatchShape], bool]:
+    def row_check(self, rule: GradientRule, grouping: Mapping[str, Any]) -> Callable[[BatchShape], bool]:
         """Return the real check of which shapes are computed row by row alike."""
         if not isinstance(rule, NativeGradients | OpacusGradients):
             return lambda shape: True
         classes = len(CLASSES) if isinstance(self.task, Classification) else None
+        static, longest = grouping.get("static_shapes", False), grouping.get("longest")
         key = (type(rule), frozenset(self.trained), static)
-        return RowCheck(self.adapted, build_objective(self.task), rule.per_unit, classes, static, key)
+        return RowCheck(self.adapted, build_objective(self.task), rule.per_unit, classes, static, longest, key)
 
     def gradient(self, example: Example) -> dict[str, torch.Tensor]:
         """Return one example's gradient in float64 by plain autograd: no padding, no hooks, no code of ours."""

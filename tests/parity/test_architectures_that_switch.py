@@ -107,6 +107,80 @@ def test_rotary_factors_that_grow_with_what_was_seen(made: Make, make_plan: Make
     assert way_of(here, make_plan(1.0, 1.0), longest=SWITCH) == "native"
 
 
+@pytest.mark.parametrize("tokens", [16, 32, 8192])
+@pytest.mark.parametrize("way", ["native", "one_by_one"])
+def test_also_where_a_micro_batch_holds_less(way: str, tokens: int, made: Make, make_plan: Make) -> None:
+    """A longer record has a micro-batch of its own, and is remembered all the same."""
+    here = made("llama", **DYNAMIC)
+    here = replace(here, adapted=replace(here.adapted, base=replace(here.adapted.base, context=None)))
+    asked = ExampleLevel(noise_multiplier=1.0, per_example_gradients=way)
+    runtime, objective = SiteRuntime(micro_batch_tokens=tokens), build_objective(here.task)
+    with pytest.raises(PrivacyError, match="the network remembers the examples it saw"):
+        way_of_gradients(make_plan(1.0, 1.0), asked, here.adapted, here.trained, objective, runtime, longest=100)
+
+
+class Longest(nn.Module):
+    """Does something else once the longest record of the batch, padding aside, has more than `tokens` tokens."""
+
+    def __init__(self, inner: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.tokens, self.seen = inner, tokens, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * (3.0 if self.seen > self.tokens else 1.0)
+
+
+@pytest.mark.parametrize("tokens", [36, 40, 46])
+def test_a_switch_by_the_longest_of_the_batch_within_one_padded_length(
+    tokens: int, bench: Make, make_examples: Make, total_norm: Make
+) -> None:
+    here = bench("gpt2")
+    network, at = here.adapted.network, "base_model.model.transformer.h.0.mlp"
+    inner, switch = network.get_submodule(at), Longest(network.get_submodule(at), tokens)
+    network.set_submodule(at, switch)
+    here.adapted.checked.clear()
+
+    def look(_: object, __: object, given: dict[str, Any]) -> None:
+        switch.seen = int(given["attention_mask"].sum(1).max())
+
+    handle = network.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        examples = make_examples([34, 33, 35, 34, 33, 36, 47], seed=4)
+        clip_norm = 0.5 * min(total_norm(here.gradient(each)) for each in examples)
+        whole, rest = here.batched(examples, clip_norm), here.batched(examples[:-1], clip_norm)
+        assert total_norm({name: whole[name] - rest[name] for name in whole}) <= clip_norm * (1 + 1e-6)
+    finally:
+        handle.remove()
+        network.set_submodule(at, inner)
+        here.adapted.checked.clear()
+
+
+class SharedMask(nn.Module):
+    """Drops out a table that the whole batch shares, as DeBERTa does with its distances."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.drop, self.table = inner, nn.Dropout(0.2), torch.zeros(7, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.drop(self.table).sum()
+
+
+def test_a_mask_that_a_batch_shares(bench: Make, make_plan: Make, caplog: pytest.LogCaptureFixture) -> None:
+    here = bench("llama")
+    network, at = here.adapted.network, "base_model.model.model.layers.0.mlp"
+    inner = network.get_submodule(at)
+    network.set_submodule(at, SharedMask(inner))
+    here.adapted.checked.clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert way_of(here, make_plan(1.0, 1.0)) == "one_by_one"
+        assert f"{at}.drop drops out the same values for all examples of a batch" in caplog.text
+    finally:
+        network.set_submodule(at, inner)
+        here.adapted.checked.clear()
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_experts_that_tokens_choose(
     kind: str, made: Make, make_plan: Make, make_examples: Make, error_of: Make, caplog: pytest.LogCaptureFixture
@@ -155,8 +229,7 @@ def test_nor_has_any_other_table_beside_the_tokens(make_plan: Make, caplog: pyte
 
 
 def test_the_lengths_that_are_tried() -> None:
-    assert probed_lengths(100, 8192) == ((9, 6, 4), (18, 31, 23, 27, 20), (33,), (65,), (100,))
-    assert probed_lengths(24, 8192) == ((9, 6, 4), (18, 24, 23, 24, 20))
-    assert probed_lengths(None, 8192)[-1] == (512,)
-    assert probed_lengths(100_000, 300)[-2:] == ((257,), (300,))
-    assert all(len(batch) not in batch for batch in probed_lengths(4096, 8192) if len(batch) > 1)
+    assert probed_lengths(100) == ((9, 6, 4), (18, 31, 23, 27, 20), (33,), (65,), (100,))
+    assert probed_lengths(24) == ((9, 6, 4), (18, 24, 23, 24, 20))
+    assert probed_lengths(1000)[-2:] == ((513,), (1000,))
+    assert all(len(batch) not in batch for batch in probed_lengths(4096) if len(batch) > 1)

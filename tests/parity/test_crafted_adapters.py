@@ -5,7 +5,8 @@ drawn beside it. The control is the batch of yesterday: all records in one, padd
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,18 @@ from finetuning.tasks.build import build_objective
 Make = Callable[..., Any]
 ROUNDING = 1e-4
 SHORT, LONG = (4, 11), 30
-SPREADS = (0.05, 1.0, 3.0, 10.0, 100.0, 1000.0)
+OTHERS = 23
+"""Short records; with one fewer, their batch has fewer rows too (decision 0016)."""
+SPREADS = (0.05, 1.0, 2.0, 3.0, 5.0, 8.0, 10.0, 100.0, 1000.0)
+USUAL = 10.0
+"""Above this spread, gradients may be no numbers: such a record adds nothing."""
 FAMILIES = [("llama", "fedit"), ("llama", "ffa_lora"), ("gpt2", "fedit"), ("bert", "fedit")]
 
 
 def records(made: Any, seed: int) -> list[Example]:
-    """Return 24 short records and a long one, which comes last."""
+    """Return short records and a long one, which comes last."""
     generator = np.random.default_rng(seed)
-    lengths = [*generator.integers(*SHORT, 24).tolist(), LONG]
+    lengths = [*generator.integers(*SHORT, OTHERS).tolist(), LONG]
     classes = 3 if made.task.kind == "classification" else None
     return [
         Example(
@@ -45,9 +50,26 @@ def craft(made: Any, spread: float, seed: int) -> None:
             parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
 
 
-def moved(made: Any, examples: Sequence[Example], clip_norm: float, per_example: str, total_norm: Make) -> float:
-    whole, rest = (made.batched(chosen, clip_norm, per_example) for chosen in (examples, examples[:-1]))
-    return total_norm({name: whole[name] - rest[name] for name in whole}) / clip_norm
+def moved(
+    made: Any, examples: Sequence[Example], clip_norm: float, per_example: str, total_norm: Make, **options: Any
+) -> float:
+    """Return how far the sum moves, in clip norms, with the long record or with a short one: the farther of both."""
+    whole = made.batched(examples, clip_norm, per_example, **options)
+    distances: list[float] = []
+    for rest in (examples[:-1], examples[1:]):
+        without = made.batched(rest, clip_norm, per_example, **options)
+        distances.append(total_norm({name: whole[name] - without[name] for name in whole}) / clip_norm)
+    return max(distances)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered(bench: Make) -> Generator[None]:
+    """Networks are shared by all tests of a process, and remember what was found of them."""
+    for family in {family for family, _ in FAMILIES}:
+        bench(family).adapted.checked.clear()
+    yield
+    for family in {family for family, _ in FAMILIES}:
+        bench(family).adapted.checked.clear()
 
 
 def moved_in_one_batch(made: Any, examples: Sequence[Example], clip_norm: float, total_norm: Make) -> float:
@@ -73,11 +95,13 @@ def test_no_adapter_lets_a_record_move_the_sum_by_more_than_the_clip_norm(
     made = bench(family, strategy, dtype=dtype)
     examples = records(made, 0)
     reached, broken = 0.0, 0.0
-    for seed, spread in enumerate(SPREADS * 2):
+    for seed, spread in enumerate(SPREADS):
         craft(made, spread, seed)
         clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
         distance = moved(made, examples, clip_norm, "native", total_norm)
         assert distance <= 1 + ROUNDING, f"an adapter of spread {spread:g} (seed {seed}): {distance:.3f} C"
+        if spread <= USUAL:
+            assert total_norm(made.batched(examples, clip_norm)) > clip_norm, "most records added nothing"
         reached = max(reached, distance)
         broken = max(broken, moved_in_one_batch(made, examples, clip_norm, total_norm))
     assert reached > 0.999, "no record was clipped: the bound was never tested"
@@ -99,10 +123,10 @@ def test_users_whose_records_differ_in_length(bench: Make, total_norm: Make) -> 
     """A user is padded to the longest record of their own, and meets users who are padded as far."""
     made = bench("llama")
     examples = [*records(made, 2), *records(made, 3)]
-    units = [(0, 24), (1, 2, 3), (4, 5), *((position,) for position in range(6, 24)), (25, 49), (26, 27), (28, 29)]
+    units = [(0, 23), (1, 2, 3), (4, 5), *((position,) for position in range(6, 23)), (24, 47), (25, 26), (27, 28)]
     for seed, spread in enumerate((0.05, 5.0, 50.0)):
         craft(made, spread, seed)
-        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[24])))
+        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[23])))
         whole, rest = (made.batched(examples, clip_norm, units=chosen) for chosen in (units, units[1:]))
         assert total_norm({name: whole[name] - rest[name] for name in whole}) <= clip_norm * (1 + ROUNDING)
 
@@ -119,21 +143,48 @@ def test_with_static_shapes(bench: Make, total_norm: Make) -> None:
         assert total_norm({name: whole[name] - rest[name] for name in whole}) <= clip_norm * (1 + ROUNDING)
 
 
-def test_rows_that_a_kernel_computes_differently_are_computed_alone(
-    bench: Make, total_norm: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A planted fault: a layer whose rounding depends on how many rows there are, as another machine's may."""
-    made = bench("llama")
-    examples = records(made, 5)
+@contextmanager
+def rounded_by_rows(made: Any) -> Generator[None]:
+    """A layer whose rounding depends on how many rows there are, as another machine's kernels may."""
     layer = made.adapted.network.get_submodule("base_model.model.model.layers.0.mlp")
     own = layer.forward
     layer.forward = lambda x: own(x) * (1 + 1e-6 * len(x))
     try:
-        craft(made, 50.0, 0)
-        clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
-        assert moved_in_one_batch(made, examples, clip_norm, total_norm) > 1.5
-        with caplog.at_level(logging.WARNING):
-            assert moved(made, examples, clip_norm, "native", total_norm) <= 1 + ROUNDING
-        assert "are not computed as each one alone is, on this machine" in caplog.text
+        yield
     finally:
         del layer.forward
+
+
+def test_rows_that_a_kernel_computes_differently_are_computed_alone(
+    bench: Make, total_norm: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A planted fault; without the check the same adapters move the sum too far."""
+    made = bench("llama")
+    examples = records(made, 5)
+    unchecked = 0.0
+    with rounded_by_rows(made), caplog.at_level(logging.WARNING):
+        for seed, spread in enumerate((5.0, 8.0, 10.0, 15.0)):
+            craft(made, spread, seed)
+            clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+            assert moved(made, examples, clip_norm, "native", total_norm) <= 1 + ROUNDING
+            blind = moved(made, examples, clip_norm, "native", total_norm, alike=lambda shape: True)
+            unchecked = max(unchecked, blind)
+    assert unchecked > 1.05
+    assert "are not computed as each one alone is, on this machine" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1e10, 1e25, 1e30])
+def test_no_adapter_decides_what_the_check_finds(size: float, bench: Make, total_norm: Make) -> None:
+    """An adapter whose gradients are all zero would make any two rows alike, and the answer is kept."""
+    made = bench("llama")
+    examples = records(made, 6)
+    with rounded_by_rows(made):
+        with torch.no_grad():
+            for name, parameter in made.trained.items():
+                poisoned = "layers.0.self_attn.v_proj" in name
+                parameter.fill_((1.0 if "lora_A" in name else size) if poisoned else 0.0)
+        made.batched(examples, 1.0)
+        for seed, spread in enumerate((5.0, 8.0, 10.0, 15.0)):
+            craft(made, spread, seed)
+            clip_norm = max(1e-6, 0.5 * total_norm(made.gradient(examples[-1])))
+            assert moved(made, examples, clip_norm, "native", total_norm) <= 1 + ROUNDING
