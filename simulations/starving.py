@@ -76,7 +76,9 @@ def starved_rounds(patient: Patient, plan: PrivacyPlan, log: StepLog) -> tuple[S
     finally:
         site.close()
     _with_secret_of(patient.scratch / "starved", patient.scratch / "set_back")
-    elsewhere = setting.single("set_back", {name: _ELSEWHERE * tensor for name, tensor in start.items()})
+    # What is not trained follows from the public seed, and is not sent.
+    other = {name: _ELSEWHERE * tensor if name in patient.trained else tensor for name, tensor in start.items()}
+    elsewhere = setting.single("set_back", other)
     return Starved(_ALLOWED, first, repeated, elsewhere, setting.single("twin", start)), refusals
 
 

@@ -68,7 +68,8 @@ def test_a_value_that_overflows_is_refused_with_its_bound(override: str, bound: 
     group = override.replace("robust={kind:norm_bound,", "strategy.robust={kind:norm_bound,")
     with pytest.raises(InvalidConfiguration, match=bound) as caught:
         compose_experiment([group])
-    assert "e+300" in str(caught.value) or "e-300" in str(caught.value), "the value is not named"
+    typed = override.rpartition("=")[2].rpartition(":")[2].rstrip("}")
+    assert typed in str(caught.value), "the value is not named"
 
 
 @pytest.mark.parametrize("optimizer", [SGD, AdamW])

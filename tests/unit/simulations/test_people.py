@@ -55,14 +55,14 @@ def only_site(made: Experiment, state: Path) -> Site:
 def test_a_row_that_names_nobody_is_refused_wherever_the_split_puts_it(tmp_path: Path, hidden: int) -> None:
     people: list[object] = [*SPELLINGS[:hidden], None, *SPELLINGS[hidden:]]
     path = written(tmp_path, people)
-    said = rf"row {hidden + 1} has no value in data\.user_column='person'"
+    said = rf"notes\.jsonl, line {hidden + 1} has no value in data\.user_column='person'"
     for seed in range(5):
         with pytest.raises(DataError, match=said):
             build_population(compose_experiment([*overrides(path), f"seed={seed}"]))
     for command in (["plan"], ["data", "preview"]):
         found = CliRunner().invoke(app, [*command, *overrides(path)])
         assert isinstance(found.exception, DataError)
-        assert f"row {hidden + 1} has no value" in str(found.exception)
+        assert f"line {hidden + 1} has no value" in str(found.exception)
     # Who asks for no protection of people may have records of nobody.
     assert only_site(experiment(path, "example_level"), tmp_path).file.published_users is not None
 

@@ -116,7 +116,7 @@ def test_what_the_support_matrix_refuses_is_a_line_with_the_reason(tmp_path: Pat
     cells = strategies_cells(replace(TINY, epsilons=[math.inf, -1]), ["fedit"])[1:]
     (line,) = run_cells(cells, tmp_path, lambda line: None)
     assert line.quality is None
-    assert "privacy.target_epsilon=-1: input should be greater than 0" in line.refused
+    assert "privacy.target_epsilon=-1: input should be greater than or equal to 0.000001" in line.refused
     assert results_of(tmp_path) == []
 
 
