@@ -28,7 +28,7 @@ __all__ = ["ROUNDS", "Patient", "admit", "rows_of"]
 ROUNDS = 2
 """Rounds that are executed."""
 _STEPS = 4
-_NO_LIMIT = 1e9
+_NO_LIMIT = 1e6
 _BITING_CLIP = 1e-3
 """Clip norm of a whole site's update while it is examined: any training goes farther, so that the clip has to act."""
 _SPREAD = 0.05
