@@ -87,8 +87,8 @@ def test_what_the_server_app_raises_on_flowers_engine_is_raised_here(tmp_path: P
 
 @pytest.mark.parametrize(("setting", "kind"), [("cpus_per_site", "CPU"), ("gpus_per_site", "GPU")])
 def test_a_site_that_no_machine_can_hold_is_refused(setting: str, kind: str, tmp_path: Path) -> None:
-    experiment = experiment_in(tmp_path / "run", "runtime=ray", f"runtime.{setting}=4096")
-    with pytest.raises(ConfigError, match=rf"runtime.{setting}=4096 is above the \d+ {kind}s of this machine"):
+    experiment = experiment_in(tmp_path / "run", "runtime=ray", f"runtime.{setting}=1024")
+    with pytest.raises(ConfigError, match=rf"runtime.{setting}=1024 is above the \d+ {kind}s of this machine"):
         run_on_ray(Launch(experiment, tmp_path / "run"), build_population(experiment))
 
     assert not (tmp_path / "run").exists()
