@@ -22,12 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError, create_model
 
 from conf.overrides import Given, key_typed_at, quoted_at, read_overrides, sweep_lines, text_typed_at
+from conf.own_model import settings_for
 from conf.problems import nearest, path_of, sentences
 from conf.schema.experiment import Experiment
 from conf.schema.rules import broken_rules
 from conf.typed import Choices, for_shell
 
-__all__ = ["CONFIG_DIRECTORY", "InvalidConfiguration", "compose_experiment", "parse_experiment", "split_sweep"]
+__all__ = ["CONFIG_DIRECTORY", "InvalidConfiguration", "chosen_settings", "compose_experiment", "parse_experiment", "split_sweep"]
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent
 
@@ -50,12 +51,18 @@ def compose_experiment(overrides: Sequence[str] = ()) -> Experiment:
         InvalidConfiguration: naming each wrong path, what was typed, its bound and the nearest valid name.
     """
     given, problems = read_overrides(overrides)
+    given = [*read_overrides(settings_for(_plainly(given)))[0], *given]
     wrong = {id(each): problem for each in given if (problem := _unusable(each))}
     problems |= {each.path: wrong[id(each)] for each in given if id(each) in wrong}
     usable = [each for each in given if id(each) not in wrong and not _chooses_nothing(each.override)]
     tree = _without_broken_references(usable, problems)
     tree.pop("experiment", None)  # the group is only a set of overrides; null when none was chosen
     return _validated(_without_blanks(tree), usable, problems)
+
+
+def chosen_settings(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return what `compose_experiment` sets before `overrides`, as overrides: a model of one's own has its settings."""
+    return settings_for(_plainly(read_overrides(overrides)[0]))
 
 
 def parse_experiment(text: str | bytes) -> Experiment:
@@ -88,6 +95,11 @@ def split_sweep(overrides: Sequence[str]) -> list[tuple[str, ...]]:
     if problems:
         raise InvalidConfiguration(problems)
     return list(itertools.product(*values.values()))
+
+
+def _plainly(given: Sequence[Given]) -> list[tuple[str, str]]:
+    """Return path and value of each override, without quotes."""
+    return [(each.override.key_or_group, each.typed.partition("=")[2].strip("'\"")) for each in given]
 
 
 def _unusable(given: Given) -> str | None:

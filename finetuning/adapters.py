@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -202,7 +203,8 @@ def _peft_config(base: FrozenBase, config: LoRA, task: Task, cores: int, plan_ra
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - a float works; PEFT only divides by it
         lora_dropout=config.dropout,
-        target_modules=_short_names(names, modules),
+        # PEFT's own word for "no layer": without it an adapter has to have some.
+        target_modules=_short_names(names, modules) or DUMMY_TARGET_MODULES,
         use_rslora=config.rslora,
         use_dora=config.dora,
         fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in names),

@@ -27,10 +27,10 @@ def built_sizes(model: Model, peft: LoRA, task: Task) -> AdapterSizes:
     whole = trained_whole(base) if task.kind == "classification" else ()
     layers = {
         name: _size(modules[name])
-        for name in chosen_layers(base, peft, whole, peft.rank if peft.targets != "auto" else 1)
+        for name in chosen_layers(base, peft, whole, 1 if isinstance(peft.targets, str) else peft.rank)
     }
     head = sum(parameter.numel() for name in whole for parameter in modules[name].parameters())
-    return AdapterSizes(layers, head, peft.targets != "auto")
+    return AdapterSizes(layers, head, not isinstance(peft.targets, str))
 
 
 def _size(module: Any) -> tuple[int, int, bool]:

@@ -18,6 +18,7 @@ from conf.schema.model import LoRA, Model
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from finetuning.embedded import resolve
+from finetuning.pooling import states_mean
 
 __all__ = ["AdapterSizes", "adapter_sizes", "trained_values"]
 
@@ -85,8 +86,8 @@ def adapter_sizes(model: Model, peft: LoRA, task: Task) -> AdapterSizes | None:
         return None
     config = json.loads((folder / "config.json").read_text())
     layers = _targets(shapes, config, peft)
-    if _is_plain(shapes, config, peft, task, layers):
-        return AdapterSizes(layers, _head(config, task), peft.targets != "auto")
+    if _is_plain(shapes, config, peft, task, layers, pools_mean=states_mean(folder)):
+        return AdapterSizes(layers, _head(config, task), not isinstance(peft.targets, str))
     from finetuning.built_sizes import built_sizes
 
     return built_sizes(model, peft, task)
@@ -98,12 +99,16 @@ def _is_plain(
     peft: LoRA,
     task: Task,
     layers: Mapping[str, tuple[int, int, bool]],
+    *,
+    pools_mean: bool,
 ) -> bool:
     """Whether the headers tell everything."""
     kind = config.get("model_type")
+    if task.kind == "classification" and pools_mean:
+        return False
     if kind not in (_ENCODERS if task.kind == "classification" else ()) + _DECODERS:
         return False
-    if peft.targets != "auto" and not all(any(_ends(name, end) for name in layers) for end in peft.targets):
+    if not isinstance(peft.targets, str) and not all(any(_ends(name, end) for name in layers) for end in peft.targets):
         return False
     parts = {part for name in shapes for part in name.split(".")}
     return kind in _DECODERS or not parts & {"pooler", "classifier"}
@@ -120,7 +125,9 @@ def _targets(
             continue
         name = key.removesuffix(".weight")
         parts = name.split(".")
-        if peft.targets == "auto":
+        if peft.targets == "none":
+            wanted = False
+        elif peft.targets == "auto":
             wanted = not _is_embedding(name) and not any(part in _OUTPUTS for part in parts)
         else:
             wanted = any(_ends(name, ending) for ending in peft.targets)

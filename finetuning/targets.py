@@ -28,11 +28,14 @@ def chosen_layers(base: FrozenBase, config: LoRA, whole: Collection[str], rank: 
 
     `auto` is every linear layer inside the blocks (not the embedding's transpose, and none that is trained whole) that
     the task reaches and that is not smaller than the rank: LoRA on those would have more values than the layer.
+    `none` is no layer.
 
     Raises:
         ModelError: a named module that does not exist, is no layer, or that the task never runs; a rank above a named
             layer's size, or above that of all.
     """
+    if config.targets == "none":
+        return []
     modules = dict(base.network.named_modules())
     linear = _linear_layers(base, modules, whole)
     if config.targets != "auto":

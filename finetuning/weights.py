@@ -29,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from conf.schema.model import Model
 from conf.schema.task import Classification, Task
+from finetuning.mean_pooled import MeanPooledClassifier
+from finetuning.pooling import states_mean
 from protocol.errors import ModelError
 
 __all__ = ["WRAPPERS", "head_name", "load_network"]
@@ -65,9 +67,21 @@ def load_network(folder: Path, model: Model, task: Task) -> tuple[PreTrainedMode
     fresh |= _check_shapes(model.path, network, found["mismatched_keys"], task)
     if isinstance(task, Classification):
         fresh |= _head_anew(model.path, network, fresh, task)
+        if _pools_mean(folder, network, fresh, task):
+            return MeanPooledClassifier(network.base_model, len(task.labels)), ("classifier",)
     if fresh:
         _log.info("%s: %s initialized from seed %d", model.path, ", ".join(sorted(fresh)), _HEAD_SEED)
     return network, tuple(sorted(fresh))
+
+
+def _pools_mean(folder: Path, network: PreTrainedModel, fresh: set[str], task: Classification) -> bool:
+    """Whether a new head reads the mean of the last states: a head that the checkpoint has goes with its own network."""
+    if task.pooling == "model" or network.config.is_encoder_decoder:
+        return False
+    new = head_name(network)
+    if not any(each == new or each.startswith(f"{new}.") for each in fresh):
+        return False
+    return task.pooling == "mean" or states_mean(folder)
 
 
 def head_name(network: PreTrainedModel) -> str:

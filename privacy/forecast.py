@@ -117,7 +117,7 @@ def forecast(scenarios: Iterable[Scenario], over: Callable[..., Iterable[Any]] =
 
 
 def _outlook(scenario: Scenario) -> Outlook:
-    rate = scenario.local.expected_batch_size / scenario.published
+    rate = scenario.local.expected_batch(scenario.published) / scenario.published
     empty = Outlook(scenario.label, scenario.published, rate, scenario.steps)
     try:
         plan = _plan(scenario)
@@ -162,8 +162,6 @@ def _rounds(last: int, points: int) -> list[int]:
 def nearest_feasible(scenario: Scenario) -> tuple[str, ...]:
     """Return overrides, each of which on its own removes what stops the scenario first; none where nothing does."""
     privacy, published = scenario.privacy, scenario.published
-    if scenario.local.expected_batch_size > published:
-        return (f"federation.local.expected_batch_size={published}",)
     if isinstance(privacy, NoPrivacy):
         return ()
     if privacy.delta is not None and privacy.delta >= 1 / published:
@@ -220,7 +218,7 @@ def variations(scenario: Scenario) -> tuple[Scenario, ...]:
     found: list[Scenario] = []
     for factor in (2, 4):
         batch = local.expected_batch_size * factor
-        if batch <= scenario.published:
+        if batch <= local.largest_rate * scenario.published:
             bigger = local.model_copy(update={"expected_batch_size": batch})
             found.append(replace(scenario, label=f"federation.local.expected_batch_size={batch:g}", local=bigger))
     if scenario.rounds > 1:

@@ -121,10 +121,11 @@ def build_plan(
             a larger one.
 
     Raises:
-        PrivacyError: a sampling rate above 1, δ of 1/n or more, fewer slots than units, or a budget too small for a
+        PrivacyError: δ of 1/n or more, fewer slots than units, or a budget too small for a
             single step.
     """
-    rate = local.expected_batch_size / published_units
+    batch = local.expected_batch(published_units)
+    rate = batch / published_units
     if isinstance(privacy, NoPrivacy):
         return PrivacyPlan(
             unit="none",
@@ -132,12 +133,12 @@ def build_plan(
             sampling=PoissonSampling(rate, max(published_units, num_units)),
             clip_norm=math.inf,
             noise_multiplier=0.0,
-            normalizer=local.expected_batch_size,
+            normalizer=batch,
             steps_per_round=local.steps,
             rounds=rounds,
             delta=None,
         )
-    cap = None if privacy.batch_cap is None else math.ceil(privacy.batch_cap * local.expected_batch_size)
+    cap = None if privacy.batch_cap is None else math.ceil(privacy.batch_cap * batch)
     sampling = PoissonSampling(rate, published_units, cap)
     _refuse_too_few_slots(published_units, num_units)
     delta = _agreed_delta(privacy.delta, site_delta, published_units, num_units)
@@ -151,7 +152,7 @@ def build_plan(
         sampling=sampling,
         clip_norm=privacy.clip_norm,
         noise_multiplier=_noise_multiplier(privacy, delta, sampling, local.steps * rounds, loss),
-        normalizer=local.expected_batch_size,
+        normalizer=batch,
         steps_per_round=local.steps,
         rounds=rounds,
         delta=delta,

@@ -62,8 +62,7 @@ class RootTraining:
         )
         stream = SecureStream.insecure(experiment.seed, "root", round_number)
         count = len(self.examples)
-        fewer = local.model_copy(update={"expected_batch_size": min(local.expected_batch_size, float(count))})
-        plan = build_plan(NoPrivacy(), fewer, rounds=federation.rounds, published_units=count, num_units=count)
+        plan = build_plan(NoPrivacy(), local, rounds=federation.rounds, published_units=count, num_units=count)
         self.adapted.load(begun.start)
         trained = self.adapted.train_only(names)
         train_locally(

@@ -55,7 +55,7 @@ Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
 
 
 class LocalTraining(Frozen):
-    """One site's work in one round. All three numbers are public constants."""
+    """One site's work in one round. All numbers are public constants."""
 
     steps: int = Field(default=4, ge=1, le=10_000, description="optimizer steps per round")
     expected_batch_size: float = Field(
@@ -63,13 +63,21 @@ class LocalTraining(Frozen):
         ge=1,
         le=1e9,
         description="a record is drawn with probability expected_batch_size / published record count, and every sum of "
-        "gradients is divided by expected_batch_size, whatever was drawn",
+        "gradients is divided by expected_batch_size, whatever was drawn; a site that publishes fewer than "
+        "expected_batch_size / largest_rate records draws and divides by largest_rate x its count",
+    )
+    largest_rate: float = Field(
+        default=1.0, gt=0, le=1, description="no site draws a record with a larger probability than this"
     )
     optimizer: Optimizer = SGD()
     learning_rate_decay: Literal["none", "linear"] = Field(
         default="none",
         description="linear: round t of T trains at (T - t + 1) / T of the learning rate; late noise moves less",
     )
+
+    def expected_batch(self, published: int) -> float:
+        """Return how many units a site that publishes a count of `published` expects to draw, and divides sums by."""
+        return min(self.expected_batch_size, self.largest_rate * published)
 
     def learning_rate_factor(self, round_number: int, rounds: int) -> float:
         """Return what multiplies the learning rate in a round (from 1)."""

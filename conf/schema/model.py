@@ -31,8 +31,10 @@ class LoRA(Frozen):
         default=16.0, ge=1e-3, le=1e5, description="the update is scaled by alpha/rank (alpha/sqrt(rank) for rsLoRA)"
     )
     dropout: float = Field(default=0.0, ge=0, le=0.95)
-    targets: Literal["auto"] | tuple[str, ...] = Field(
-        default="auto", description="auto: every linear layer of the architecture's blocks; or module name endings"
+    targets: Literal["auto", "none"] | tuple[str, ...] = Field(
+        default="auto",
+        description="auto: every linear layer of the architecture's blocks; none: no layer, a classification head is "
+        "trained alone; or module name endings",
     )
     rslora: bool = False
     dora: bool = False

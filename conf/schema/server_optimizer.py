@@ -26,6 +26,12 @@ class FedAvgM(Frozen):
 class _Adaptive(Frozen):
     learning_rate: float = Field(default=0.1, ge=1e-12, le=1e3)
     beta1: float = Field(default=0.9, ge=0, le=0.9999, description="decay of the first moment")
+    head_learning_rate: float | None = Field(
+        default=None,
+        ge=1e-12,
+        le=1e3,
+        description="of tensors that are trained whole, such as a classification head; null: learning_rate",
+    )
     tau: float = Field(
         default=1e-3, ge=1e-12, le=1e6, description="added to the second moment's root: how little it adapts"
     )

@@ -30,6 +30,12 @@ class Classification(Frozen):
         description="checkpoint: its classification head where it has one, which must be for these labels, else a new "
         "one; new: a new one from a public seed, whatever the checkpoint has",
     )
+    pooling: Literal["auto", "mean", "model"] = Field(
+        default="auto",
+        description="what a new head reads. auto: the mean of the last layer where the checkpoint says that it was "
+        "trained for it (1_Pooling/config.json), else model; mean: that mean; model: what the architecture's own "
+        "classifier reads",
+    )
 
     @field_validator("labels")
     @classmethod

@@ -107,7 +107,7 @@ def _executed(subject: Subject, steps: int) -> SubsampledGaussian:
         noise = (noise**-2 + plan.loss.noise_multiplier**-2) ** -0.5
     cap, slots = plan.sampling.cap, promise.published_units
     cut = None if cap is None or cap >= slots else Truncation(slots, cap)
-    return SubsampledGaussian(promise.local.expected_batch_size / slots, noise, steps, cut, plan.discrete)
+    return SubsampledGaussian(promise.expected_batch / slots, noise, steps, cut, plan.discrete)
 
 
 def _other_steps(subject: Subject) -> str:
@@ -138,7 +138,7 @@ def _rate(subject: Subject) -> tuple[str, str]:
     """Return a fault or "", and the evidence: the units looked up in all steps are a binomial number."""
     steps = [step for observed in subject.trained for step in observed.steps]
     seen = sum(len(step.units) for step in steps)
-    rate = subject.promise.local.expected_batch_size / subject.promise.published_units
+    rate = subject.promise.expected_batch / subject.promise.published_units
     trials = min(subject.promise.num_units, subject.promise.published_units) * len(steps)
     law = stats.binom(trials, rate)
     # A cut draws fewer than that, which costs nothing: the lower tail is tested where no draw can be cut.

@@ -36,7 +36,7 @@ def low_bits_tell_nothing(subject: Subject) -> Verdict:
     if not subject.exact_release:
         return Verdict(_NAME, None, "a local objective, or 16-bit parameters, stand between the noise and what is seen")
     spacing = _spacing(subject)
-    normalizer = subject.promise.local.expected_batch_size
+    normalizer = subject.promise.expected_batch
     everything = _values(subject.trained), _values(subject.noise_alone)
     off = 0
     for values in everything:

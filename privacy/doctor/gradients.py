@@ -77,10 +77,10 @@ def one_unit_moves_the_sum_by_at_most_the_clip_norm(subject: Subject) -> Verdict
 def release_scale_is_public(subject: Subject) -> Verdict:
     """The sum is divided by the plan's constant, not by the number of records that happened to be drawn."""
     name, probe = "release is scaled by a public constant", subject.probe
-    asked = subject.promise.local.expected_batch_size
+    asked = subject.promise.expected_batch
     if subject.plan.normalizer != asked:
         return Verdict(
-            name, False, f"the plan divides by {subject.plan.normalizer:g}, expected_batch_size is {asked:g}"
+            name, False, f"the plan divides by {subject.plan.normalizer:g}, the expected batch is {asked:g}"
         )
     expected = torch.stack([_clipped(each, probe.clip_norm) for each in probe.alone]).sum(dim=0)
     divisor = _scale(expected, probe.whole)

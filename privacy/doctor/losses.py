@@ -59,4 +59,4 @@ def released_loss_is_noised(subject: Subject) -> Verdict:
 def _total(subject: Subject, observed: ObservedRound) -> float:
     """Return what a reply's loss says of the sum over all units and steps."""
     value = observed.header.metrics.get(_METRIC, math.nan)
-    return value * subject.promise.local.expected_batch_size * len(observed.steps)
+    return value * subject.promise.expected_batch * len(observed.steps)

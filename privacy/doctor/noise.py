@@ -93,7 +93,7 @@ def noise_does_not_depend_on_the_sum(subject: Subject) -> Verdict:
 def _standardized(subject: Subject) -> Iterator[list[torch.Tensor]]:
     """Yield each gradient that is all noise, in units of the promised noise: standard normal, if that is kept."""
     plan = subject.plan
-    promised = plan.noise_multiplier * plan.clip_norm / subject.promise.local.expected_batch_size
+    promised = plan.noise_multiplier * plan.clip_norm / subject.promise.expected_batch
     for observed in subject.noise_alone:
         for step in observed.steps:
             yield [part / promised for part in step.gradient]

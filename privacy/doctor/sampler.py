@@ -29,7 +29,7 @@ def sampler_is_poisson(subject: Subject) -> Verdict:
     included, and every drawn slot is as likely to be kept.
     """
     sampling, draws = subject.plan.sampling, subject.draws
-    booked = subject.promise.local.expected_batch_size / subject.promise.published_units
+    booked = subject.promise.expected_batch / subject.promise.published_units
     sizes = np.arange(sampling.slots + 1)
     chances = _size_distribution(sampling.slots, booked, sampling.cap)
     inclusion = float(sizes @ chances) / sampling.slots

@@ -89,5 +89,5 @@ def _mechanism(subject: Subject, steps: int) -> SubsampledGaussian:
     noise = plan.noise_multiplier
     if plan.loss is not None:
         noise = (noise**-2 + plan.loss.noise_multiplier**-2) ** -0.5
-    rate = promise.local.expected_batch_size / promise.published_units
+    rate = promise.expected_batch / promise.published_units
     return SubsampledGaussian(rate, noise, steps, plan.sampling.truncation, plan.discrete)

@@ -55,6 +55,11 @@ class Promise:
     """Client-level: the bound on the site's update as a whole; None where nobody promises one."""
 
     @property
+    def expected_batch(self) -> float:
+        """Units that a step is to draw on average: what is asked for, or the largest share of a smaller site."""
+        return min(self.local.expected_batch_size, self.local.largest_rate * self.published_units)
+
+    @property
     def is_private(self) -> bool:
         """Whether anything is promised at all."""
         return not isinstance(self.privacy, NoPrivacy) or self.update_clip is not None

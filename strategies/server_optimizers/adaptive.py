@@ -59,4 +59,6 @@ def _adaptive(
         learning_rate = config.learning_rate if rate is None else rate(step)
         return learning_rate * first / (moment.sqrt() + config.tau), {"first": first, "second": moment}
 
-    return ServerOptimizer(("first", "second"), update)
+    head_rate = config.head_learning_rate
+    head_scale = 1.0 if head_rate is None else head_rate / config.learning_rate
+    return ServerOptimizer(("first", "second"), update, head_scale)

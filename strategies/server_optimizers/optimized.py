@@ -24,6 +24,8 @@ class ServerOptimizer:
     """What it keeps for each tensor, zero at first."""
     update: Callable[[torch.Tensor, Mapping[str, torch.Tensor], int], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
     """From a pseudo-gradient (which points downhill), its slots and the step (from 1) to the move and the new slots."""
+    head_scale: float = 1.0
+    """Multiplies the moves of tensors that are trained whole, such as a classification head."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class OptimizedServer:
                 for slot in self.optimizer.slots
             }
             moves[name], after = self.optimizer.update(gradient, before, step)
+            if "lora_" not in name:
+                moves[name] = moves[name] * self.optimizer.head_scale
             kept |= {f"{_PREFIX}{slot}.{name}": tensor for slot, tensor in after.items()}
         adapter, inner = self.inner.step(adapter, moves, state)
         # A tensor without an update in this round keeps its slots.

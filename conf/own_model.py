@@ -1,0 +1,45 @@
+"""What is set where a user brings a model of their own, and leaves how it is trained to the product.
+
+The shipped configuration is made for the shipped model of 1.4 M values. A learning rate that follows from a model is
+none that a user of private data may search for: every try is charged. So the settings here follow from public facts
+alone, the task and the protection, and move a value by about the same step whatever the model, the number of records
+and the noise (docs/decisions/0018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["settings_for"]
+
+_BY_HAND = ("experiment", "federation", "strategy", "server_optimizer", "peft")
+"""Groups: whoever chooses one of them trains by hand."""
+_VALUES = ("federation.local.steps", "federation.local.optimizer", "strategy.server_optimizer", "strategy.kind")
+"""Values that the settings depend on; whoever sets one, or a value within, trains by hand."""
+
+
+def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the overrides that come before the user's own; none for the shipped model, or where one trains by hand.
+
+    Args:
+        overrides: (path, value) of each of the user's.
+
+    >>> settings_for([("model.path", "/models/llama")])[:2]
+    ('federation=one_step', 'server_optimizer=adam')
+    >>> settings_for([("model.path", "/models/bert"), ("task", "classification")])[-1]
+    'peft=head'
+    >>> settings_for([("model.path", "/models/llama"), ("federation.local.steps", "4")])
+    ()
+    """
+    given = dict(overrides)
+    path = given.get("model.path", "")
+    by_hand = any(key == name or key.startswith(f"{name}.") for key in given for name in _VALUES)
+    if not path or path.startswith("embedded:") or by_hand or any(group in given for group in _BY_HAND):
+        return ()
+    chosen = ["federation=one_step", "server_optimizer=adam", "strategy.weights=published_records"]
+    private = "none" not in (given.get("privacy"), given.get("privacy.kind"))
+    if private and "classification" in (given.get("task"), given.get("task.kind")):
+        # Noise grows with the root of the number of values that are trained, and a head has few.
+        if not any(key.startswith("peft.") for key in given):
+            chosen.append("peft=head")
+    return tuple(chosen)
