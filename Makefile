@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+CHOSEN ?= -m "not rare"
 SOURCES := cli client conf finetuning privacy protocol server simulations strategies
 
-.PHONY: help demo test check fuzz bench clean
+.PHONY: help demo test test-all check fuzz bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-8s %s\n", $$1, $$2}'
@@ -24,10 +25,13 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## set up, then fine-tune a small language model over four synthetic clinics, privately
 	$(BIN)/cloister simulate
 
-test: $(VENV)/.dev  ## set up, then run every test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 5 \
+test: $(VENV)/.dev  ## set up, then run the tests, but for the few that are slow and rarely break
+	$(BIN)/python -m pytest $(CHOSEN) --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 5 \
 		--ignore=tests/privacy/mutations
-	$(BIN)/python -m pytest tests/privacy/mutations  # in one process: they fill one table, which is printed
+	$(BIN)/python -m pytest $(CHOSEN) tests/privacy/mutations  # in one process: they fill one table, which is printed
+
+test-all:  ## run every test
+	$(MAKE) test CHOSEN=
 
 check: $(VENV)/.dev  ## lint, type-check, and check the import direction
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ def simulate_command(
         _run_once(_stored(repeat, overrides or []), console)
         return
     if not multirun:
+        _print_chosen(overrides or [], console)
         _run_once(_composed(overrides or []), console)
         return
     _run_sweep(split_sweep(overrides or []), console)
@@ -65,10 +66,22 @@ def _run_once(experiment: Experiment, console: Console) -> None:
     _print_outcome(_run(experiment, console, RUNS), console)
 
 
+def _print_chosen(overrides: list[str], console: Console) -> None:
+    from conf.compose import chosen_settings
+
+    if chosen := chosen_settings(overrides):
+        console.print(
+            f"chosen   {' '.join(chosen)}, for a model of your own; docs/choosing.md says why", soft_wrap=True
+        )
+
+
 def _print_outcome(run: Simulated, console: Console) -> None:
     from cli.tables import outcome_table, record_lines
+    from server.summary import WHAT_TO_CHANGE, no_better_than_base
 
     console.print(outcome_table(run.summary))
+    if no_better_than_base(run.summary["final"]):
+        console.print(f"[bold red]no better than the base[/bold red]  {WHAT_TO_CHANGE}", soft_wrap=True)
     for line in record_lines(run.summary):
         console.print(line, soft_wrap=True)
     console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)

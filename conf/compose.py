@@ -28,7 +28,14 @@ from conf.schema.experiment import Experiment
 from conf.schema.rules import broken_rules
 from conf.typed import Choices, for_shell
 
-__all__ = ["CONFIG_DIRECTORY", "InvalidConfiguration", "chosen_settings", "compose_experiment", "parse_experiment", "split_sweep"]
+__all__ = [
+    "CONFIG_DIRECTORY",
+    "InvalidConfiguration",
+    "chosen_settings",
+    "compose_experiment",
+    "parse_experiment",
+    "split_sweep",
+]
 
 CONFIG_DIRECTORY = Path(__file__).resolve().parent
 

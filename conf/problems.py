@@ -16,7 +16,7 @@ __all__ = ["nearest", "path_of", "sentences"]
 
 Path = tuple[str, ...]
 
-_BRANCHES = ("tuple[str, ...]", "literal['auto']")
+_BRANCHES = ("tuple[str, ...]", "literal['auto']", "literal['auto','none']")
 # What a wrong item does to the list that holds it, or to the other variants of a union: no problem of its own.
 _CONSEQUENCES = ("too_short", "literal_error", "tuple_type")
 

@@ -20,7 +20,7 @@ import jinja2
 from conf.schema.experiment import Experiment
 from finetuning.checkpoints import write_atomically
 from server.plots import plots
-from server.summary import tuned_quality
+from server.summary import WHAT_TO_CHANGE, no_better_than_base, tuned_quality
 
 __all__ = ["render_report", "write_report"]
 
@@ -130,6 +130,8 @@ def _banners(summary: Mapping[str, Any], experiment: Experiment) -> list[Banner]
             "its training records. Do not release it as if it were protected."
         )
         banners.append(Banner("danger", "NOT PRIVATE", text))
+    if no_better_than_base(summary["final"]):
+        banners.append(Banner("danger", "NO BETTER THAN THE BASE", WHAT_TO_CHANGE))
     if _is_insecure(summary):
         text = (
             f"Noise and sampling came from the fixed seed {getattr(experiment.privacy, 'insecure_seed', None)} "

@@ -10,6 +10,7 @@ from typing import Any
 
 from conf.schema.experiment import Experiment
 from conf.schema.privacy import ClientLevel, LocalPrivacy, NoPrivacy, Privacy, local_privacy
+from finetuning.tasks.build import OBJECTIVES
 from finetuning.tokenization_report import TokenizationReport
 from protocol.instructions import PrivacyStatement
 from server.events import (
@@ -24,7 +25,7 @@ from server.events import (
 )
 from server.statements import epsilon_of_group, epsilon_over_several
 
-__all__ = ["SUMMARY_VERSION", "summarize", "tuned_quality"]
+__all__ = ["SUMMARY_VERSION", "WHAT_TO_CHANGE", "no_better_than_base", "summarize", "tuned_quality"]
 
 SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
@@ -32,6 +33,13 @@ SUMMARY_VERSION = 1
 _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transformers", "peft")
 _LOST = ("no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent")
 """Codes after which a site may have trained: its process may have been killed, or hung, after it had reserved."""
+_HIGHER_IS_BETTER = frozenset(each.metric for each in (make() for make in OBJECTIVES.values()) if each.higher_is_better)
+WHAT_TO_CHANGE = (
+    "On held-out records the tuned model is not better than the base that it started from: use the base. More records "
+    "or sites, a larger ε, or fewer trained values (peft=head for a classifier, a lower peft.rank) leave more signal "
+    "beside the noise; cloister plan prints their ratio."
+)
+"""What a run that ends so says."""
 _WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
@@ -242,6 +250,15 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
 def _personal(events: Sequence[Event]) -> dict[str, Any] | None:
     found = next((event for event in events if isinstance(event, PersonalEvaluated)), None)
     return None if found is None else {"value": found.value, "groups": found.groups}
+
+
+def no_better_than_base(final: Mapping[str, Any] | None) -> bool:
+    """Return whether what sites use after a run, from a summary's `final`, is not better on held-out records than the
+    base was before it; False where either was not measured."""
+    if final is None or final["base"] is None or final["round"] == 0:
+        return False
+    tuned, _ = tuned_quality(final)
+    return not (tuned > final["base"] if final["metric"] in _HIGHER_IS_BETTER else tuned < final["base"])
 
 
 def tuned_quality(final: Mapping[str, Any]) -> tuple[float, Mapping[str, float]]:

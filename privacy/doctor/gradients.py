@@ -79,9 +79,7 @@ def release_scale_is_public(subject: Subject) -> Verdict:
     name, probe = "release is scaled by a public constant", subject.probe
     asked = subject.promise.expected_batch
     if subject.plan.normalizer != asked:
-        return Verdict(
-            name, False, f"the plan divides by {subject.plan.normalizer:g}, the expected batch is {asked:g}"
-        )
+        return Verdict(name, False, f"the plan divides by {subject.plan.normalizer:g}, the expected batch is {asked:g}")
     expected = torch.stack([_clipped(each, probe.clip_norm) for each in probe.alone]).sum(dim=0)
     divisor = _scale(expected, probe.whole)
     evidence = f"{len(probe.alone)} units were divided by {divisor:.4f}; the constant is {probe.normalizer:g}"

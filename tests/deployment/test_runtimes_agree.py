@@ -73,6 +73,7 @@ def test_flowers_engine_started_by_cloister_agrees(tmp_path: Path, reference: Pa
     assert all((path / "sites" / site / "ledger.db").is_file() for site in SITES)
 
 
+@pytest.mark.rare
 def test_what_the_server_app_raises_on_flowers_engine_is_raised_here(tmp_path: Path) -> None:
     experiment = experiment_in(tmp_path / "run", "runtime=ray", "federation.reply_timeout_s=1", "evaluation.every=0")
     launch = Launch(experiment, tmp_path / "run", expected_sites=3)
@@ -102,6 +103,7 @@ def test_plain_flwr_run_agrees(tmp_path: Path, reference: Path, flower: Any) -> 
     assert_same_result(path, reference)
 
 
+@pytest.mark.rare
 def test_flwr_run_on_two_nodes_does_not_train_two_of_four_sites(tmp_path: Path, flower: Any) -> None:
     path = tmp_path / "run"
     experiment = compose_experiment(("experiment=smoke", "evaluation.every=0", f"logging.directory={path}"))
@@ -113,6 +115,7 @@ def test_flwr_run_on_two_nodes_does_not_train_two_of_four_sites(tmp_path: Path, 
     assert not flower.cloister_home.joinpath("simulated_sites").exists()
 
 
+@pytest.mark.rare
 def test_a_node_without_a_site_takes_no_part(tmp_path: Path, flower: Any) -> None:
     private = tmp_path / "private.jsonl"
     private.write_text('{"prompt": "Patient", "completion": " has nothing to hide."}\n')

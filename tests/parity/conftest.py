@@ -28,7 +28,11 @@ from strategies.lora.fedit import fedit
 from strategies.lora.ffa_lora import ffa_lora
 
 CLASSES = ("left", "middle", "right")
-TASKS: dict[str, Task] = {"causal_lm": CausalLM(), "classification": Classification(labels=CLASSES)}
+TASKS: dict[str, Task] = {
+    "causal_lm": CausalLM(),
+    "classification": Classification(labels=CLASSES),
+    "pooled": Classification(labels=CLASSES, pooling="mean"),
+}
 STRATEGIES = {"fedit": fedit(), "ffa_lora": ffa_lora()}
 ENCODERS = ("bert", "roberta")
 

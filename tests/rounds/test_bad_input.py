@@ -49,7 +49,6 @@ def own_rows(path: Path) -> list[str]:
         (["data.partition.sites=[harbour]"], DataError, r"harbour.*harbor"),
         (["data.partition.key=clinic"], DataError, r"clinic"),
         (["data.columns.prompt=promt"], DataError, r"promt.*prompt"),
-        (["federation.local.expected_batch_size=5000"], PrivacyError, r"the sampling rate is 4\.\d+, it must lie in"),
     ],
 )
 def test_message(tmp_path: Path, overrides: list[str], error: type[CloisterError], message: str) -> None:
@@ -65,15 +64,6 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"line 5"):
         run(tmp_path, *own_rows(path))
-
-
-def test_a_site_of_one_record_is_named(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "a", "completion": " b", "site": "tiny", "s": 0}])
-    rows = [row | {"split": "train"} for row in map(json.loads, path.read_text().splitlines())]
-    rows.append(ROWS[0] | {"split": "heldout"})
-    write_rows(path, rows)
-    with pytest.raises(PrivacyError, match=r"site tiny: the sampling rate is 2, it must lie in \(0, 1\]"):
-        run(tmp_path, f"data.source.path={path}")
 
 
 def test_an_empty_file(tmp_path: Path) -> None:

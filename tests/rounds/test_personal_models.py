@@ -88,6 +88,7 @@ def test_people_are_told_whose_model_it_is(done: Simulated) -> None:
     assert kinds[-1] == "personal_evaluated"
 
 
+@pytest.mark.rare
 def test_a_study_compares_what_sites_use(tmp_path: Path) -> None:
     labels = Labels("which", "clinics", "fedsa", "none", "", float("inf"), "own", 0, 0.5, 0)
     (line,) = run_cells([compose_cell(labels, SMOKE[:-2])], tmp_path, lambda line: None)

@@ -157,6 +157,7 @@ def test_a_finished_run_whose_last_checkpoint_is_gone_says_so(tmp_path: Path) ->
     assert (path / "summary.json").read_bytes() == summary
 
 
+@pytest.mark.rare
 def test_encoded_changes_go_on_too(tmp_path: Path) -> None:
     """What sites hold, and what a change left out, is part of what a round leaves."""
     coded = ("quantization=eden", "quantization.bits=2", "quantization.downlink=same", "federation.cohort_size=null")
@@ -185,6 +186,7 @@ CLIENT_LEVEL = tuple(each for each in OVERRIDES if "insecure" not in each and "c
         (("privacy=client_level_tree",), "during the checkpoint"),
     ],
 )
+@pytest.mark.rare
 def test_the_servers_own_noise_goes_on_too(privacy: tuple[str, ...], point: str, tmp_path: Path) -> None:
     """The noise comes from the server's key, so what was released once is released again, and is charged once.
 

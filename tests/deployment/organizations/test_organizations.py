@@ -43,6 +43,7 @@ from .forging import FORGERIES, Forger
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.deployment,
+    pytest.mark.rare,
     pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed"),
 ]
 

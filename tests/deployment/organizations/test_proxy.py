@@ -15,7 +15,7 @@ from server.deployment.web import Door
 
 from .conftest import Machine, Server, make_node_key
 
-pytestmark = [pytest.mark.slow, pytest.mark.deployment]
+pytestmark = [pytest.mark.slow, pytest.mark.deployment, pytest.mark.rare]
 
 PROTOBUF = {"Content-Type": "application/protobuf"}
 

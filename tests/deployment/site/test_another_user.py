@@ -34,7 +34,7 @@ from server.deployment.folder import ServerFolder
 
 from .conftest import CLOISTER, SiteProcess
 
-pytestmark = [pytest.mark.slow, pytest.mark.deployment]
+pytestmark = [pytest.mark.slow, pytest.mark.deployment, pytest.mark.rare]
 SITE_USER, USER = "daemon", "nobody"
 Headers = dict[str, str]
 

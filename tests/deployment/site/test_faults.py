@@ -20,7 +20,7 @@ from protocol.records import instruction_to_record, record_to_reply
 
 from .conftest import SiteProcess
 
-pytestmark = [pytest.mark.slow, pytest.mark.deployment]
+pytestmark = [pytest.mark.slow, pytest.mark.deployment, pytest.mark.rare]
 Make = Callable[..., SiteProcess]
 Instruct = Callable[..., Instruction]
 

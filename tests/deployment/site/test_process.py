@@ -64,6 +64,7 @@ def test_rounds_replays_and_restarts(make_site: Make, instruct: Instruct) -> Non
     assert {stat.S_IMODE(path.stat().st_mode) for path in stored} == {0o600}
 
 
+@pytest.mark.rare
 def test_a_second_server_is_told_busy_and_a_killed_round_counts(make_site: Make, instruct: Instruct) -> None:
     site = make_site().start()
     asked = instruct(LONG)
@@ -95,6 +96,7 @@ def test_a_second_server_is_told_busy_and_a_killed_round_counts(make_site: Make,
     assert site.kinds() == ["reserve", "reserve", "commit"]
 
 
+@pytest.mark.rare
 def test_a_stop_lets_the_round_finish_or_leaves_it_booked(make_site: Make, instruct: Instruct) -> None:
     site = make_site(serve={"stop_grace_s": 60.0}).start()
     answers: list[Reply] = []

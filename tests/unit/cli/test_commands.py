@@ -85,6 +85,7 @@ def test_from_needs_a_run_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_a_sweep_ends_with_one_table(tmp_path: Path) -> None:
     result = cloister(tmp_path, "simulate", "-m", *QUICK, "strategy=fedit,ffa_lora", "seed=0,1")
     assert result.returncode == 0, result.stderr
@@ -108,6 +109,7 @@ def test_a_sweep_is_checked_before_its_first_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rare
 def test_the_study_compares_all_baselines(tmp_path: Path) -> None:
     result = cloister(
         tmp_path, "study", "baselines", *QUICK, "logging.directory=study", "data.partition.sites=[harbor,eastfield]"

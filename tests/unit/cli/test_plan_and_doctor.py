@@ -100,9 +100,14 @@ def test_without_privacy_it_says_so() -> None:
 
 
 def test_what_cannot_be_is_named_with_a_way_out() -> None:
-    result = plan(*CHEAP, "--records", "50,1000")
+    result = plan(*CHEAP, "privacy.delta=0.02", "--records", "50,1000")
     assert result.exit_code == 5
-    assert "feasible with federation.local.expected_batch_size=50" in result.output
+    assert "feasible with privacy.delta=null" in result.output
+
+
+def test_a_site_smaller_than_the_batch_has_a_plan() -> None:
+    told = json.loads(plan(*CHEAP, "--records", "50,1000", "--json").output)
+    assert [site["sampling_rate"] for site in told["sites"]] == [1.0, 0.064]
 
 
 def test_many_sites_are_told_by_a_few() -> None:

@@ -160,9 +160,9 @@ def test_rehearsal_names_an_empty_site(make_site: Make, small: Make) -> None:
         make_site(small(), rows=0).rehearse(client_plan(small(), "run"))
 
 
-def test_rehearsal_names_a_site_of_one_record(make_site: Make, small: Make) -> None:
-    with pytest.raises(PrivacyError, match=r"site harbor: the sampling rate is 6, it must lie in \(0, 1\]"):
-        make_site(small(), rows=1).rehearse(client_plan(small(), "run"))
+def test_a_site_smaller_than_the_batch_takes_part_with_a_batch_of_its_own(make_site: Make, small: Make) -> None:
+    plan = make_site(small(), rows=1).rehearse(client_plan(small(), "run"))
+    assert (plan.sampling.rate, plan.normalizer) == (1, 1)
 
 
 def test_rehearsal_names_a_delta_that_is_too_large(make_site: Make, small: Make) -> None:

@@ -148,7 +148,7 @@ def test_one_wrong_item_is_one_problem(typed: str, proposed: str) -> None:
         ("peft.rank=null", "peft.rank=null: input should be a valid integer"),
         (
             "peft.targets=c++",
-            "peft.targets='c++': input should be 'auto' or a list; a list of one is \"peft.targets=[c++]\"",
+            "peft.targets='c++': input should be 'auto' or 'none' or a list; a list of one is \"peft.targets=[c++]\"",
         ),
         ("data.partition.kind=1_0", "data.partition.kind=1_0 does not exist; choose one of 'natural_key'"),
         ("federation.rounds=true", "federation.rounds=true: input should be a number, not true or false"),

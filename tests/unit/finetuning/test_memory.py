@@ -94,6 +94,7 @@ def test_a_base_that_is_not_there_cannot_be_planned_for(tmp_path) -> None:  # ty
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter")
+@pytest.mark.rare
 def test_training_takes_about_what_the_formula_says(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Peak resident memory of a real private round with AdamW above that of rank 1, whose activations are the same:
     sixty-four records are drawn and eight fit. Without the bound it takes more than was planned."""

@@ -66,7 +66,6 @@ def test_a_long_run_is_looked_at_in_few_rounds() -> None:
 @pytest.mark.parametrize(
     ("privacy", "published", "problem"),
     [
-        (FIXED, 5, r"sampling rate is 2.*lower federation.local.expected_batch_size"),
         (ExampleLevel(noise_multiplier=1.0, delta=0.01), 100, r"not below 1/n"),
         (ExampleLevel(target_epsilon=0.001, delta=1e-5, batch_cap=None), 11, r"too small|noise multiplier of 1000"),
         (ExampleLevel(target_epsilon=4.0, loss_noise_multiplier=0.2, batch_cap=None), 1000, r"loss_noise_multiplier"),

@@ -95,9 +95,21 @@ def test_a_delta_of_one_over_n_is_refused(published: int, true: int) -> None:
     assert plan(ExampleLevel(noise_multiplier=1.0, delta=0.00249), published_units=published, num_units=true)
 
 
-def test_a_batch_larger_than_the_site_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"the sampling rate is 1\.25.*lower federation\.local\.expected_batch_size"):
-        plan(published_units=40, num_units=40)
+@pytest.mark.parametrize(
+    ("published", "most", "rate"), [(40, 1.0, 1.0), (50, 1.0, 1.0), (100, 0.2, 0.2), (1000, 0.2, 0.05)]
+)
+def test_a_smaller_site_draws_at_the_largest_rate_and_divides_by_its_own_batch(
+    published: int, most: float, rate: float
+) -> None:
+    """50 records are expected of a site that publishes 50 / most or more; the count is public, so rate and divisor are."""
+    local = LOCAL.model_copy(update={"largest_rate": most})
+    made = build_plan(
+        ExampleLevel(target_epsilon=2.0), local, rounds=5, published_units=published, num_units=published // 2
+    )
+    assert (made.sampling.rate, made.normalizer) == (rate, rate * published)
+    assert made.sampling.cap == 3 * made.normalizer
+    assert made.epsilon([made.whole_run]) <= 2.0
+    assert made.whole_run.sampling_rate == rate
 
 
 def test_a_target_is_calibrated_for_all_rounds_together() -> None:

@@ -35,6 +35,7 @@ def of(_: Experiment) -> Population:
     return Population({"a": ROWS, "b": ROWS[:50]}, ())
 
 
+@pytest.mark.rare
 def test_a_sweep_of_two_runs_charges_both_to_the_same_ledgers(tmp_path: Path) -> None:
     experiments = [made("privacy.target_epsilon=3"), made("privacy.target_epsilon=3", "peft.rank=2")]
     books = shared_books(experiments, tmp_path)

@@ -1,0 +1,48 @@
+"""A run that ends no better than it began says so, loudly."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from conf.compose import compose_experiment
+from server.events import Evaluated, RunStarted
+from server.report import render_report
+from server.summary import no_better_than_base, summarize
+
+
+def a_summary(metric: str, *values: float) -> dict[str, Any]:
+    """Return the summary of a run whose held-out quality was measured before round 1 and after each one."""
+    evaluated = [Evaluated(number, metric, value, 1.5, 99, {"harbor": value}) for number, value in enumerate(values)]
+    return summarize(
+        compose_experiment(),
+        [RunStarted("a-run", 4, ("harbor",), 8), *evaluated],
+        base_digest="ba" * 32,
+        started=datetime(2026, 3, 4, tzinfo=UTC),
+        status="finished",
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "warned"),
+    [
+        ("perplexity", (10.6, 47561.0), True),
+        ("perplexity", (10.6, float("inf")), True),
+        ("perplexity", (10.6, float("nan")), True),
+        ("perplexity", (10.6, 12.0, 10.5), False),
+        ("accuracy", (0.5, 0.5), True),
+        ("accuracy", (0.5, 0.7, 0.4), True),
+        ("accuracy", (0.5, 0.51), False),
+        ("accuracy", (0.5,), False),
+    ],
+)
+def test_the_report_warns_in_red(metric: str, values: tuple[float, ...], warned: bool) -> None:
+    summary = a_summary(metric, *values)
+    assert no_better_than_base(summary["final"]) == warned
+    page = render_report(summary, compose_experiment())
+    assert ('role="alert"><strong>NO BETTER THAN THE BASE</strong>' in page) == warned
+
+
+def test_what_was_not_measured_is_no_reason_to_warn() -> None:
+    assert not no_better_than_base(None)
+    assert not no_better_than_base(a_summary("accuracy", 0.5)["final"] | {"base": None, "round": 3})
