@@ -38,8 +38,8 @@ def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
         return ()
     chosen = ["federation=one_step", "server_optimizer=adam", "strategy.weights=published_records"]
     private = "none" not in (given.get("privacy"), given.get("privacy.kind"))
-    if private and "classification" in (given.get("task"), given.get("task.kind")):
+    classifies = "classification" in (given.get("task"), given.get("task.kind"))
+    if private and classifies and not any(key.startswith("peft.") for key in given):
         # Noise grows with the root of the number of values that are trained, and a head has few.
-        if not any(key.startswith("peft.") for key in given):
-            chosen.append("peft=head")
+        chosen.append("peft=head")
     return tuple(chosen)

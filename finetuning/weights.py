@@ -68,14 +68,14 @@ def load_network(folder: Path, model: Model, task: Task) -> tuple[PreTrainedMode
     if isinstance(task, Classification):
         fresh |= _head_anew(model.path, network, fresh, task)
         if _pools_mean(folder, network, fresh, task):
-            return MeanPooledClassifier(network.base_model, len(task.labels)), ("classifier",)
+            return MeanPooledClassifier(cast("PreTrainedModel", network.base_model), len(task.labels)), ("classifier",)
     if fresh:
         _log.info("%s: %s initialized from seed %d", model.path, ", ".join(sorted(fresh)), _HEAD_SEED)
     return network, tuple(sorted(fresh))
 
 
 def _pools_mean(folder: Path, network: PreTrainedModel, fresh: set[str], task: Classification) -> bool:
-    """Whether a new head reads the mean of the last states: a head that the checkpoint has goes with its own network."""
+    """Whether a new head reads the mean of the last states; one that the checkpoint has keeps its own network."""
     if task.pooling == "model" or network.config.is_encoder_decoder:
         return False
     new = head_name(network)

@@ -101,7 +101,7 @@ def test_a_delta_of_one_over_n_is_refused(published: int, true: int) -> None:
 def test_a_smaller_site_draws_at_the_largest_rate_and_divides_by_its_own_batch(
     published: int, most: float, rate: float
 ) -> None:
-    """50 records are expected of a site that publishes 50 / most or more; the count is public, so rate and divisor are."""
+    """The count is public, so rate and divisor are."""
     local = LOCAL.model_copy(update={"largest_rate": most})
     made = build_plan(
         ExampleLevel(target_epsilon=2.0), local, rounds=5, published_units=published, num_units=published // 2
