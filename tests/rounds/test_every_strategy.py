@@ -58,7 +58,8 @@ def test_it_trains_and_exports(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ffa_lora", "fedsvd", "flora", "flexlora", "hetlora", "fedsb", "ravan"])
 def test_sites_of_different_ranks_train_together(kind: str, tmp_path: Path) -> None:
-    done = run(tmp_path / "run", f"strategy={kind}", "privacy=none", "federation.site_ranks=[4,1]")
+    all_records = "federation.local.expected_batch_size=40"
+    done = run(tmp_path / "run", f"strategy={kind}", "privacy=none", "federation.site_ranks=[4,1]", all_records)
     sites = list(done.summary["sites"].values())
     assert [site["accepted"] for site in sites] == [2, 2]
     assert sites[1]["bytes"]["up"] < sites[0]["bytes"]["up"]
