@@ -8,14 +8,21 @@ and the noise (docs/decisions/0018).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 __all__ = ["settings_for"]
 
-_BY_HAND = ("experiment", "federation", "strategy", "server_optimizer", "peft")
+_BY_HAND = ("experiment", "federation", "strategy", "server_optimizer", "objective", "peft")
 """Groups: whoever chooses one of them trains by hand."""
-_VALUES = ("federation.local.steps", "federation.local.optimizer", "strategy.server_optimizer", "strategy.kind")
+_VALUES = (
+    "federation.local.steps",
+    "federation.local.optimizer",
+    "strategy.server_optimizer",
+    "strategy.objective",
+    "strategy.kind",
+)
 """Values that the settings depend on; whoever sets one, or a value within, trains by hand."""
+_ROBUST = ("robust", "strategy.robust")
 
 
 def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
@@ -33,13 +40,20 @@ def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     """
     given = dict(overrides)
     path = given.get("model.path", "")
-    by_hand = any(key == name or key.startswith(f"{name}.") for key in given for name in _VALUES)
-    if not path or path.startswith("embedded:") or by_hand or any(group in given for group in _BY_HAND):
+    by_hand = _is_set(given, _VALUES) or any(group in given for group in _BY_HAND)
+    if not path or path.startswith("embedded:") or by_hand:
         return ()
-    chosen = ["federation=one_step", "server_optimizer=adam", "strategy.weights=published_records"]
+    chosen = ["federation=one_step", "server_optimizer=adam"]
+    if not _is_set(given, _ROBUST):  # a site that is not trusted could claim any count
+        chosen.append("strategy.weights=published_records")
     private = "none" not in (given.get("privacy"), given.get("privacy.kind"))
     classifies = "classification" in (given.get("task"), given.get("task.kind"))
     if private and classifies and not any(key.startswith("peft.") for key in given):
         # Noise grows with the root of the number of values that are trained, and a head has few.
         chosen.append("peft=head")
     return tuple(chosen)
+
+
+def _is_set(given: Mapping[str, str], names: Sequence[str]) -> bool:
+    """Whether a path, or one within it, is given."""
+    return any(key == name or key.startswith(f"{name}.") for key in given for name in names)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conf.compose import chosen_settings, compose_experiment
+from conf.compose import CONFIG_DIRECTORY, InvalidConfiguration, chosen_settings, compose_experiment
 
 OWN = ("model.path=/models/own",)
 ROWS = ("data=csv_labelled", "data.source.path=/rows.csv", "task=classification", "task.labels=[a,b]")
@@ -35,10 +35,23 @@ def test_what_the_user_sets_wins() -> None:
     assert made.federation.local.steps == 1
 
 
+@pytest.mark.parametrize("group", ["robust", "objective", "quantization", "privacy", "runtime"])
+def test_what_is_chosen_goes_with_whatever_else_is(group: str) -> None:
+    """A user is never told of a conflict with a setting that they did not make."""
+    for member in sorted((CONFIG_DIRECTORY / group).glob("*.yaml")):
+        by_hand = (*OWN, f"{group}={member.stem}", "federation.local.steps=4")
+        try:
+            compose_experiment(by_hand)
+        except InvalidConfiguration:
+            continue
+        compose_experiment(by_hand[:-1])
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
         "federation=cross_silo",
+        "objective=fedprox",
         "strategy=fedit",
         "server_optimizer=fedavgm",
         "peft=rslora",
@@ -50,3 +63,9 @@ def test_what_the_user_sets_wins() -> None:
 def test_who_chooses_how_to_train_is_left_alone(chosen: str) -> None:
     assert chosen_settings((*OWN, chosen)) == ()
     assert compose_experiment((*OWN, chosen)).federation.local.largest_rate == 1.0
+
+
+@pytest.mark.parametrize("robust", ["robust=median", "strategy.robust.kind=median"])
+def test_counts_are_no_weights_where_sites_are_not_trusted(robust: str) -> None:
+    assert "strategy.weights=published_records" not in chosen_settings((*OWN, robust))
+    assert compose_experiment((*OWN, robust)).strategy.weights == "uniform"
