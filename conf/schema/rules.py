@@ -101,6 +101,25 @@ def labels_need_a_classifier(experiment: Experiment) -> str | None:
     )
 
 
+def head_alone_needs_a_head(experiment: Experiment) -> str | None:
+    """Without LoRA a language model has nothing to train, and cores or DoRA have no layer to be on."""
+    if experiment.peft.targets != "none":
+        return None
+    if experiment.task.kind != "classification":
+        return (
+            f"peft.targets=none trains a classification head alone, and task={experiment.task.kind} has none; use "
+            "peft.targets=auto, or task=classification"
+        )
+    if experiment.strategy.cores:
+        return (
+            f"peft.targets=none leaves no layer for the square cores of strategy={experiment.strategy.kind}; use "
+            "peft.targets=auto, or strategy=ffa_lora"
+        )
+    if experiment.peft.dora:
+        return "peft.targets=none leaves no layer for peft.dora=true; set it to false, or use peft.targets=auto"
+    return None
+
+
 def dora_has_no_opacus_rule(experiment: Experiment) -> str | None:
     """Opacus has no per-example rule for DoRA's magnitude vectors; a problem where a missing rule is to be refused."""
     privacy = local_privacy(experiment.privacy)
@@ -199,6 +218,7 @@ RULES: tuple[Rule, ...] = (
     Rule(cohort_within_population, frozenset({"federation", "data"})),
     Rule(quorum_within_cohort, frozenset({"federation", "data"})),
     Rule(labels_need_a_classifier, frozenset({"data", "task"})),
+    Rule(head_alone_needs_a_head, frozenset({"peft", "task", "strategy"})),
     Rule(protected_loss_needs_noise, frozenset({"federation", "privacy"})),
     Rule(users_need_a_column, frozenset({"privacy", "data"})),
     Rule(dora_has_no_opacus_rule, frozenset({"privacy", "peft"})),

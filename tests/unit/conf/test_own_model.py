@@ -27,6 +27,19 @@ def test_a_private_classifier_trains_its_head_alone(more: tuple[str, ...], targe
     assert compose_experiment((*OWN, *ROWS, *more)).peft.targets == targets
 
 
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ((), "has none; use peft.targets=auto"),
+        ((*ROWS, "strategy=ravan"), "no layer for the square cores of strategy=ravan"),
+        ((*ROWS, "peft.dora=true"), "no layer for peft.dora=true"),
+    ],
+)
+def test_a_head_alone_needs_a_head_and_nothing_else(more: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=problem):
+        compose_experiment((*OWN, *more, "peft=head"))
+
+
 def test_what_the_user_sets_wins() -> None:
     made = compose_experiment(
         ("federation.rounds=3", "strategy.weights=uniform", "federation.local.largest_rate=1", *OWN)
