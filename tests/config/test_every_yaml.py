@@ -24,6 +24,7 @@ COMPANIONS = {
     "task/classification": ["data=csv_labelled", "data.source.path=rows.csv", "task.labels=[no,yes]"],
     "data/csv_labelled": ["data.source.path=rows.csv", "task=classification", "task.labels=[no,yes]"],
     "objective/qfedavg": ["privacy.loss_noise_multiplier=10"],
+    "peft/head": ["task=classification", "data=csv_labelled", "data.source.path=rows.csv", "task.labels=[no,yes]"],
     "peft/dora": ["strategy=fedit", "privacy.per_example_gradients=one_by_one"],
 }
 
