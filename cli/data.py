@@ -70,7 +70,6 @@ def preview(
     from finetuning.batches import TokenizedRows
     from finetuning.labels import label_legend
     from finetuning.models import load_tokenizer, stated_context
-    from finetuning.tokenizing import sequence_bound
     from simulations.partition import plot_partition, who_holds_what
     from simulations.population import build_population
 
@@ -80,11 +79,11 @@ def preview(
     parts = _chosen(population.parts, site)
     train = [row for rows in parts.values() for row in rows]
     tokenizer = load_tokenizer(experiment.model)
-    longest = sequence_bound(config.max_length, tokenizer, stated_context(experiment.model))
+    context = stated_context(experiment.model)
     tokenized = TokenizedRows.joined(
-        [_tokenized(f"site {name}", rows, experiment, tokenizer, longest) for name, rows in parts.items()]
+        [_tokenized(f"site {name}", rows, experiment, tokenizer, context) for name, rows in parts.items()]
     )
-    heldout = _tokenized("held-out records", population.heldout, experiment, tokenizer, longest)
+    heldout = _tokenized("held-out records", population.heldout, experiment, tokenizer, context)
     console = Console()
     for number, example in enumerate(tokenized.examples[:examples], start=1):
         label = "" if labels is None or example.label is None else f", label {labels[example.label]}"
@@ -249,22 +248,14 @@ def _content_runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Itera
 
 
 def _tokenized(
-    name: str, rows: Sequence[Row], experiment: Experiment, tokenizer: PreTrainedTokenizerBase, longest: int | None
+    name: str, rows: Sequence[Row], experiment: Experiment, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> TokenizedRows:
-    from finetuning.batches import tokenize_rows
+    from finetuning.batches import tokenize_as_configured
     from finetuning.rows import at_place
 
-    config = experiment.data
     with at_place(name):
-        return tokenize_rows(
-            rows,
-            config.columns,
-            tokenizer,
-            max_length=longest,
-            train_on=config.train_on,
-            truncation=config.truncation,
-            special_tokens=config.special_tokens,
-            labels=experiment.task.labels,
+        return tokenize_as_configured(
+            rows, experiment.data, tokenizer, context=context, labels=experiment.task.labels
         )
 
 

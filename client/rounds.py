@@ -119,6 +119,15 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
     else:
         trained, stated = train(job, job.stream(state.secret, attempt=1)), None
     state.record_diagnostics(header.round, trained.private_facts)
+    if trained.non_finite:
+        # The count follows from records: the operator may see it, no reply says it.
+        _log.warning(
+            "site %s, round %d: the gradients of %d draws were not finite and added nothing; lower the learning rate, "
+            "or set model.dtype=fp32 where it is fp16",
+            work.file.name,
+            header.round,
+            trained.non_finite,
+        )
     leaving, below_clip = outgoing(trained.update, header, work.file.name, state.left_out(plan.run))
     if whole_site is not None:
         whole_site.commit(digest(leaving))

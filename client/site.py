@@ -21,7 +21,7 @@ from client.units import Units, units_of
 from conf.schema.privacy import LocalPrivacy, UserLevel
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import TokenizedRows, tokenize_rows
+from finetuning.batches import TokenizedRows, tokenize_as_configured
 from finetuning.datasets import read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
@@ -29,7 +29,6 @@ from finetuning.padding import LONGEST_TRIED
 from finetuning.people import People, people_of
 from finetuning.rows import Row, at_place
 from finetuning.tokenization_report import TokenizationReport
-from finetuning.tokenizing import sequence_bound
 from finetuning.vocabulary import check_fits
 from privacy.plan import PrivacyPlan
 from protocol.cards import SiteCard
@@ -203,20 +202,13 @@ def tokenize_site(file: SiteFile, rows: Sequence[Row], adapted: AdaptedModel) ->
         raise DataError(
             f"site {file.name} has no training record; check data.source, data.split_column and the partition"
         )
-    data, tokenizer = file.data, adapted.base.tokenizer
+    base = adapted.base
     with at_place(f"site {file.name}"):
-        tokenized = tokenize_rows(
-            rows,
-            data.columns,
-            tokenizer,
-            max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
-            train_on=data.train_on,
-            truncation=data.truncation,
-            special_tokens=data.special_tokens,
-            labels=file.task.labels,
+        tokenized = tokenize_as_configured(
+            rows, file.data, base.tokenizer, context=base.context, labels=file.task.labels
         )
     _check_tried(file, tokenized)
-    check_fits(adapted.base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
+    check_fits(base, tokenized.examples, None if file.task.labels is None else len(file.task.labels))
     return tokenized
 
 

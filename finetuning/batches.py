@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conf.schema.data import ChatColumns, Columns, LabelledColumns
+from conf.schema.data import ChatColumns, Columns, DataConfig, LabelledColumns
 from finetuning.datasets import check_columns
 from finetuning.labels import read_labels
 from finetuning.prompts import Segment, TrainOn, segments
@@ -34,6 +34,7 @@ __all__ = [
     "collate",
     "framed",
     "micro_batches",
+    "tokenize_as_configured",
     "tokenize_rows",
 ]
 
@@ -113,6 +114,31 @@ class Batch:
             targets=self.targets.to(device),
             labels=None if self.labels is None else self.labels.to(device),
         )
+
+
+def tokenize_as_configured(
+    rows: Sequence[Row],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int | None,
+    labels: tuple[str, ...] | None,
+) -> TokenizedRows:
+    """Return what `tokenize_rows` makes of rows under a data configuration and a model's `context` (tokens).
+
+    Raises:
+        DataError: as `tokenize_rows` does.
+    """
+    return tokenize_rows(
+        rows,
+        data.columns,
+        tokenizer,
+        max_length=sequence_bound(data.max_length, tokenizer, context),
+        train_on=data.train_on,
+        truncation=data.truncation,
+        special_tokens=data.special_tokens,
+        labels=labels,
+    )
 
 
 def tokenize_rows(

@@ -8,14 +8,13 @@ from functools import reduce
 
 from conf.schema.experiment import Experiment
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import Example, tokenize_rows
+from finetuning.batches import Example, tokenize_as_configured
 from finetuning.datasets import read_rows, split_rows
 from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
 from finetuning.rows import Row, at_place
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
-from finetuning.tokenizing import sequence_bound
 from finetuning.vocabulary import check_fits
 from protocol.tensors import NamedTensors
 from server.events import Evaluated, PersonalEvaluated
@@ -141,17 +140,10 @@ def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]
 
 
 def _examples(experiment: Experiment, adapted: AdaptedModel, rows: Sequence[Row], name: str) -> Sequence[Example]:
-    data, tokenizer = experiment.data, adapted.base.tokenizer
+    base = adapted.base
     with at_place("held-out records" if name == _ALL else f"held-out records of {name}"):
-        examples = tokenize_rows(
-            rows,
-            data.columns,
-            tokenizer,
-            max_length=sequence_bound(data.max_length, tokenizer, adapted.base.context),
-            train_on=data.train_on,
-            truncation=data.truncation,
-            special_tokens=data.special_tokens,
-            labels=experiment.task.labels,
+        examples = tokenize_as_configured(
+            rows, experiment.data, base.tokenizer, context=base.context, labels=experiment.task.labels
         ).examples
-    check_fits(adapted.base, examples)
+    check_fits(base, examples)
     return examples

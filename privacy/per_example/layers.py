@@ -29,46 +29,46 @@ _POSITIONS = ("position", "pos_emb", "wpe")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class IndependentRows:
-    """Frozen linear layers multiply inputs of two dimensions row by row, so that no row's rounding knows the others."""
+class _ExchangedForwards:
+    """Forwards set on module objects, beside those of their classes, so that `close` only has to delete them."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self._patched: list[nn.Module] = []
-        for module in network.modules():
-            # A forward set by somebody else does more than the class says: it stays.
-            if "forward" not in vars(module) and (forward := row_by_row(module)) is not None:
-                module.forward = forward
-                self._patched.append(module)
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+
+    def _exchange(self, module: nn.Module, forward: Forward) -> None:
+        module.forward = forward
+        self._modules.append(module)
 
     def close(self) -> None:
         """Put every module's own forward back."""
-        for module in self._patched:
+        for module in self._modules:
             del module.forward
-        self._patched = []
+        self._modules = []
 
 
-class PatchedForwards:
-    """The exchanged forwards of all layers that hold a trained parameter; every layer must have a rule.
+class IndependentRows(_ExchangedForwards):
+    """Frozen linear layers multiply inputs of two dimensions row by row, so that no row's rounding knows the others."""
 
-    The rule is set as `forward` of the module object, beside its class's own, so `close` only has to delete it.
-    """
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for module in network.modules():
+            # A forward set by somebody else does more than the class says: it stays.
+            if "forward" not in vars(module) and (forward := row_by_row(module)) is not None:
+                self._exchange(module, forward)
+
+
+class PatchedForwards(_ExchangedForwards):
+    """The exchanged forwards of all layers that hold a trained parameter; every layer must have a rule."""
 
     def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter], recorder: Recorder) -> None:
-        self._patched: list[nn.Module] = []
+        super().__init__()
         tokens = _token_embedding(network)
         for name, module in _layers(network, trained):
             forward = _rule_for(name, module, recorder, tokens)
             if forward is None:
                 self.close()
                 raise ValueError(f"{name} ({type(module).__name__}) has no per-example gradient rule")
-            module.forward = forward
-            self._patched.append(module)
-
-    def close(self) -> None:
-        """Put every module's own forward back."""
-        for module in self._patched:
-            del module.forward
-        self._patched = []
+            self._exchange(module, forward)
 
 
 def layers_without_native_rule(network: nn.Module, trained: Mapping[str, nn.Parameter]) -> list[str]:

@@ -1,6 +1,7 @@
 """A whole simulation through the real ServerApp and ClientApp: what it achieves, what it leaves, what it keeps."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,18 @@ def test_no_private_fact_is_in_what_the_server_keeps(private_run: tuple[Simulate
             assert repr(facts["mean_loss"])[:7] not in kept
     for word in ("mean_loss", "clipped", "non_finite", '"examples"'):
         assert word not in kept
+
+
+def test_gradients_that_are_not_finite_are_told_to_the_sites_own_log_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a step at 1e30 no gradient is finite, and a site whose every draw adds nothing learns nothing."""
+    with caplog.at_level(logging.WARNING, logger="client.rounds"):
+        ran = simulate(quick("federation.rounds=1", "federation.local.optimizer.learning_rate=1e30"), tmp_path / "run")
+    told = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    assert told
+    assert all("round 1: the gradients of " in each and "learning rate" in each for each in told)
+    assert "not finite" not in (ran.path / "metrics.jsonl").read_text()
 
 
 def test_a_stored_config_repeats_the_run(private_run: tuple[Simulated, list[Event]], tmp_path: Path) -> None:
