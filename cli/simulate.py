@@ -76,12 +76,15 @@ def _print_chosen(overrides: list[str], console: Console) -> None:
 
 
 def _print_outcome(run: Simulated, console: Console) -> None:
-    from cli.tables import outcome_table, record_lines
-    from server.summary import WHAT_TO_CHANGE, no_better_than_base
+    from cli.tables import figure_line, outcome_table, record_lines
+    from server.summary import WHAT_TO_CHANGE, no_better_than
 
     console.print(outcome_table(run.summary))
-    if no_better_than_base(run.summary["final"]):
-        console.print(f"[bold red]no better than the base[/bold red]  {WHAT_TO_CHANGE}", soft_wrap=True)
+    if (what := no_better_than(run.summary["final"])) is not None:
+        title, text = WHAT_TO_CHANGE[what]
+        console.print(f"[bold red]{title}[/bold red]  {text}", soft_wrap=True)
+    if figures := figure_line(run.summary):
+        console.print(f"held out {figures}", soft_wrap=True)
     for line in record_lines(run.summary):
         console.print(line, soft_wrap=True)
     console.print(f"adapter  {run.path / 'adapter'}\nreport   {run.path / 'report.html'}", soft_wrap=True)

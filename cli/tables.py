@@ -17,6 +17,7 @@ __all__ = [
     "byte_text",
     "delta_text",
     "epsilon_text",
+    "figure_line",
     "outcome_table",
     "person_text",
     "quality_text",
@@ -98,6 +99,18 @@ def record_lines(summary: dict[str, Any]) -> list[str]:
             more = ", ..." if len(found) > 10 else ""
             lines.append(f"records  {sum(found.values())} {sentence}: {named}{more}")
     return lines
+
+
+def figure_line(summary: dict[str, Any]) -> str:
+    """Return what held-out records say beside the metric; empty where nothing was measured."""
+    figures: dict[str, float] = (summary["final"] or {}).get("figures", {})
+    told = {
+        "majority": ("always the most frequent class", "{:.1%}"),
+        "macro_f1": ("macro F1", "{:.1%}"),
+        "calibration_error": ("calibration error", "{:.1%}"),
+        "bits_per_byte": ("bits per byte", "{:.3f}"),
+    }
+    return ", ".join(f"{name} {form.format(figures[key])}" for key, (name, form) in told.items() if key in figures)
 
 
 def _tuned(final: dict[str, Any] | None) -> float | None:

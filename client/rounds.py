@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 from client.claims import check_claimed_cost
 from client.ledgers import check_ledgers, heads_of
@@ -43,6 +43,8 @@ class SiteRecords:
 
     examples: Sequence[Example]
     units: Units
+    summaries: dict[Hashable, Sequence[Example]] = field(default_factory=lambda: dict[Hashable, Sequence[Example]]())
+    """The examples as frozen encoders summarize them, kept from round to round."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def _round(instruction: Instruction, work: RoundWork) -> Reply:
         privacy=privacy,
         memory=memory,
         own_training=training,
+        summaries=records.summaries,
     )
     longest = longest_record(adapted, work.file)
     check_gradients(privacy, asked, adapted, trained_names, plan.task, work.file.runtime, longest)

@@ -20,40 +20,56 @@ import torch
 
 from client.trials import dropout_rates, examples_for, traceless
 from finetuning.adapters import AdaptedModel
-from finetuning.batches import Example, collate
+from finetuning.batches import Batch, Example, collate
 from finetuning.padding import BatchShape, shortest_padded_to
 from finetuning.tasks.base import TaskObjective
 
-__all__ = ["RowCheck"]
+__all__ = ["Computed", "RowCheck", "losses_and_gradients"]
 
 _log = logging.getLogger(__name__)
 _NOTHING_DROPPED = 1e-30
 PerUnit = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 """Losses (examples,) and their units to one tensor (units, *parameter shape) per parameter."""
+Computed = Callable[[Batch, torch.Tensor], list[torch.Tensor]]
+"""A batch and the unit of each row (-1 for a padding row) to all that is computed for it, each (rows, ...)."""
+
+
+def losses_and_gradients(adapted: AdaptedModel, objective: TaskObjective, per_unit: PerUnit) -> Computed:
+    """Return what a training step computes for each row. The losses may be released, so they count too."""
+
+    def computed(batch: Batch, owners: torch.Tensor) -> list[torch.Tensor]:
+        adapted.network.train()
+        torch.manual_seed(0)
+        losses = objective.losses(adapted.network, batch)
+        # Copies: a rule may hand out views of what it keeps.
+        return [losses.detach().clone(), *(rows.clone() for rows in per_unit(losses * (owners >= 0), owners))]
+
+    return computed
 
 
 @dataclass(frozen=True, eq=False)
 class RowCheck:
-    """Answers for one network and one way of making gradients; answers are kept beside the network.
+    """Answers for one network and one computation; answers are kept beside the network.
 
     `static`: the shape is that of every batch, so that a row alone is one among padding rows.
     """
 
     adapted: AdaptedModel
-    objective: TaskObjective
-    per_unit: PerUnit
+    computed: Computed
     classes: int | None
     static: bool
     longest: int | None
     """Public bound on a record's tokens."""
     key: tuple[object, ...]
     """What else the kernels depend on: the way, the trained parameters, and how the network runs."""
+    summaries: bool = False
+    """Whether batches hold summaries of their records (`finetuning.summaries`)."""
 
     def __call__(self, shape: BatchShape) -> bool:
         """Return whether every row of such a batch is computed as it is alone."""
         if shape.rows == 1:
             return True
-        key = ("rows", shape, torch.get_num_threads(), *self.key)
+        key = ("rows", shape, self.summaries, torch.get_num_threads(), *self.key)
         if key not in self.adapted.checked:
             self.adapted.checked[key] = None if self._alike(shape) else f"rows of {shape} differ"
             if self.adapted.checked[key] is not None:
@@ -66,10 +82,10 @@ class RowCheck:
         return self.adapted.checked[key] is None
 
     def _alike(self, shape: BatchShape) -> bool:
-        kinds = examples_for(self.adapted, self.classes, self._lengths(shape), seed=shape.rows)
+        lengths = self._lengths(shape)
+        kinds = examples_for(self.adapted, self.classes, lengths, seed=shape.rows, summaries=self.summaries)
         real = shape.rows - 1 if self.static else shape.rows
         with traceless(self.adapted), dropout_rates(self.adapted.network, _NOTHING_DROPPED):
-            self.adapted.network.train()
             together = self._rows([kinds[position % len(kinds)] for position in range(real)], shape)
             own = BatchShape(shape.rows if self.static else 1, shape.length, shape.full)
             alone = [self._rows([example], own) for example in kinds]
@@ -90,10 +106,7 @@ class RowCheck:
 
     def _rows(self, examples: list[Example], shape: BatchShape) -> list[torch.Tensor]:
         base = self.adapted.base
-        torch.manual_seed(0)
         batch = collate(examples, base.pad_token_id, rows=shape.rows, length=shape.length, full=shape.full)
-        losses = self.objective.losses(self.adapted.network, batch.to(base.device))
-        owners = torch.arange(shape.rows, device=losses.device)
+        owners = torch.arange(shape.rows, device=base.device)
         owners[len(examples) :] = -1
-        # Copies: a rule may hand out views of what it keeps. The losses may be released, so they count too.
-        return [losses.detach().clone(), *(rows.clone() for rows in self.per_unit(losses * (owners >= 0), owners))]
+        return self.computed(batch.to(base.device), owners)

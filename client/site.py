@@ -7,7 +7,7 @@ never code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from client.units import Units, units_of
 from conf.schema.privacy import LocalPrivacy, UserLevel
 from conf.schema.site import SiteFile
 from finetuning.adapters import AdaptedModel, attach
-from finetuning.batches import TokenizedRows, tokenize_as_configured
+from finetuning.batches import Example, TokenizedRows, tokenize_as_configured
 from finetuning.datasets import read_rows, split_rows
 from finetuning.memory import examples_that_fit, rank_that_fits
 from finetuning.models import load_base
@@ -59,6 +59,7 @@ class Site:
         self._tokenized: tuple[TokenizedRows, Sequence[Row]] | None = None
         self._people: People | None = None
         self._units: dict[tuple[LocalPrivacy, bytes], Units] = {}
+        self._summaries: dict[Hashable, Sequence[Example]] = {}
         if file.runtime.threads is not None:
             torch.set_num_threads(file.runtime.threads)
 
@@ -165,7 +166,7 @@ class Site:
             self._check_people(rows, privacy)
             with at_place(f"site {self.file.name}"):
                 self._units = {asked: units_of(kept_rows(rows, tokenized), privacy, self.file.data, key)}
-        return SiteRecords(tokenized.examples, self._units[asked])
+        return SiteRecords(tokenized.examples, self._units[asked], self._summaries)
 
     def _say(self, report: TokenizationReport) -> None:
         """Tell this site's own log what became of its rows; none of it is in any reply."""

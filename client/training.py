@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
 from client.dry_run import way_of_gradients
-from client.row_check import RowCheck
+from client.row_check import Computed, RowCheck, losses_and_gradients
 from client.units import Units
 from conf.schema.federation import LocalTraining
 from conf.schema.privacy import LocalPrivacy, NoPrivacy, UserLevel, local_privacy
@@ -21,6 +21,7 @@ from finetuning.batches import Example
 from finetuning.loop import TrainingDiagnostics, train_locally
 from finetuning.memory import examples_that_fit
 from finetuning.padding import LONGEST_TRIED
+from finetuning.summaries import reads_summaries, summaries_of, summarized
 from finetuning.tasks.build import build_objective
 from finetuning.tokenizing import sequence_bound
 from privacy.example_level import NativeGradients, OpacusGradients
@@ -50,6 +51,8 @@ class TrainingJob:
     """What the site kept, and the local round was made with."""
     own_training: LocalTraining | None = None
     """Where the site's own file asks for less than the plan."""
+    summaries: dict[Hashable, Sequence[Example]] = field(default_factory=lambda: dict[Hashable, Sequence[Example]]())
+    """The site's records as a frozen encoder summarizes them: made in its first round, and kept for the others."""
 
     @property
     def training(self) -> LocalTraining:
@@ -129,7 +132,7 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
         diagnostics = train_locally(
             job.adapted,
             job.adapted.train_only(job.trained_names),
-            job.examples,
+            _examples(job, rule),
             build_objective(plan.task),
             rule,
             job.training,
@@ -141,7 +144,7 @@ def train(job: TrainingJob, stream: SecureStream) -> Trained:
             static_shapes=runtime.static_shapes,
             longest=longest,
             most_records=asked.max_records_per_user if isinstance(asked, UserLevel) else 1,
-            alike=_row_check(job, rule),
+            alike=_check_of_training(job, rule),
             gradient_checkpointing=runtime.gradient_checkpointing,
             learning_rate_factor=job.training.learning_rate_factor(job.header.round, plan.rounds),
             correct=job.local.correct,
@@ -206,19 +209,49 @@ def longest_record(adapted: AdaptedModel, file: SiteFile) -> int:
     return asked or min(bound or LONGEST_TRIED, LONGEST_TRIED)
 
 
-def _row_check(job: TrainingJob, rule: GradientRule) -> RowCheck | None:
-    """Return what tells which batches are computed row by row alike; None where each unit is alone anyway."""
+def _examples(job: TrainingJob, rule: GradientRule) -> Sequence[Example]:
+    """Return the site's records as training reads them: summarized where only a head on summaries is trained."""
+    adapted, runtime = job.adapted, job.file.runtime
+    if not reads_summaries(adapted):
+        return job.examples
+    base = adapted.base
+    key = (base.digest, str(base.network.dtype), type(rule), runtime.static_shapes)
+    if key not in job.summaries:
+        job.summaries[key] = summarized(
+            adapted,
+            job.examples,
+            micro_batch_tokens=runtime.micro_batch_tokens,
+            max_rows=rule.max_micro_batch,
+            longest=longest_record(adapted, job.file),
+            static_shapes=runtime.static_shapes,
+            alike=_row_check(job, rule, lambda batch, _: [summaries_of(adapted, batch)], "summaries", reads=False),
+        )
+    return job.summaries[key]
+
+
+def _check_of_training(job: TrainingJob, rule: GradientRule) -> RowCheck | None:
+    if not isinstance(rule, NativeGradients | OpacusGradients):
+        return None
+    computed = losses_and_gradients(job.adapted, build_objective(job.header.plan.task), rule.per_unit)
+    return _row_check(job, rule, computed, "training", reads=reads_summaries(job.adapted))
+
+
+def _row_check(job: TrainingJob, rule: GradientRule, computed: Computed, what: str, *, reads: bool) -> RowCheck | None:
+    """Return what tells which batches are computed row by row alike; None where each unit is alone anyway.
+
+    `reads`: the computation reads summaries in place of tokens.
+    """
     if not isinstance(rule, NativeGradients | OpacusGradients):
         return None
     runtime, task = job.file.runtime, job.header.plan.task
     return RowCheck(
         adapted=job.adapted,
-        objective=build_objective(task),
-        per_unit=rule.per_unit,
+        computed=computed,
         classes=_classes(task),
         static=runtime.static_shapes,
         longest=longest_record(job.adapted, job.file),
-        key=(type(rule), job.trained_names, runtime.gradient_checkpointing, runtime.static_shapes, task),
+        key=(what, type(rule), job.trained_names, runtime.gradient_checkpointing, runtime.static_shapes, task),
+        summaries=reads,
     )
 
 

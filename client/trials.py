@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,14 +22,22 @@ that overflow would hide every fault, as a factor B of zeros would."""
 
 
 def examples_for(
-    adapted: AdaptedModel, classes: int | None, lengths: Sequence[int], seed: int = 0
+    adapted: AdaptedModel, classes: int | None, lengths: Sequence[int], seed: int = 0, *, summaries: bool = False
 ) -> tuple[Example, ...]:
     """Return made-up examples of these lengths, cut to the model's context, for a network and its task.
 
-    `classes` is a classifier's; None for a language model.
+    `classes` is a classifier's; None for a language model. With `summaries` each has one, as long as the network's.
     """
     base = adapted.base
-    return made_up_examples(base.tokenizer, base.vocabulary, lengths, classes=classes, context=base.context, seed=seed)
+    examples = made_up_examples(
+        base.tokenizer, base.vocabulary, lengths, classes=classes, context=base.context, seed=seed
+    )
+    if not summaries:
+        return examples
+    drawn = np.random.default_rng(seed).standard_normal((len(examples), base.network.config.hidden_size))
+    return tuple(
+        replace(example, summary=row) for example, row in zip(examples, drawn.astype(np.float32), strict=True)
+    )
 
 
 @contextmanager

@@ -9,6 +9,9 @@ and the noise (docs/decisions/0018).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from conf.pooling import states_mean
 
 __all__ = ["settings_for"]
 
@@ -28,6 +31,8 @@ _ROBUST = ("robust", "strategy.robust")
 def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     """Return the overrides that come before the user's own; none for the shipped model, or where one trains by hand.
 
+    A checkpoint's own files are read where it is a folder here; they are as public as the model.
+
     Args:
         overrides: (path, value) of each of the user's.
 
@@ -43,15 +48,22 @@ def settings_for(overrides: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     by_hand = _is_set(given, _VALUES) or any(group in given for group in _BY_HAND)
     if not path or path.startswith("embedded:") or by_hand:
         return ()
-    chosen = ["federation=one_step", "server_optimizer=adam"]
-    if not _is_set(given, _ROBUST):  # a site that is not trusted could claim any count
-        chosen.append("strategy.weights=published_records")
     private = "none" not in (given.get("privacy"), given.get("privacy.kind"))
     classifies = "classification" in (given.get("task"), given.get("task.kind"))
-    if private and classifies and not any(key.startswith("peft.") for key in given):
-        # Noise grows with the root of the number of values that are trained, and a head has few.
-        chosen.append("peft=head")
-    return tuple(chosen)
+    # Noise grows with the root of the number of values that are trained, and a head has few.
+    head_alone = private and classifies and not any(key.startswith("peft.") for key in given)
+    # A summary of a text is computed once, so that a step on every record costs no more than one on few.
+    summarizes = head_alone and _reads_mean(given, path)
+    chosen = [f"federation={'every_record' if summarizes else 'one_step'}", "server_optimizer=adam"]
+    if not _is_set(given, _ROBUST):  # a site that is not trusted could claim any count
+        chosen.append("strategy.weights=published_records")
+    return (*chosen, "peft=head") if head_alone else tuple(chosen)
+
+
+def _reads_mean(given: Mapping[str, str], path: str) -> bool:
+    """Whether a new head reads the mean of the last layer (`task.pooling`)."""
+    pooling = given.get("task.pooling", "auto")
+    return pooling == "mean" or (pooling == "auto" and states_mean(Path(path).expanduser()))
 
 
 def _is_set(given: Mapping[str, str], names: Sequence[str]) -> bool:

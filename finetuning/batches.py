@@ -44,11 +44,16 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One tokenized record, as arrays of equal length; `label` is a class index, or None for a language model."""
+    """One tokenized record, as arrays of equal length; `label` is a class index, or None for a language model.
+
+    `summary`, shape (hidden,), is what a frozen network makes of the record where only a head on it is trained; then
+    nobody reads the tokens again (`finetuning.summaries`).
+    """
 
     input_ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
     label: int | None = None
+    summary: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -92,6 +97,7 @@ class Batch:
     attention_mask [B, T]   int64   1 for tokens, 0 for padding
     targets        [B, T]   int64   the token ids where learned, else -100; NOT shifted
     labels         [B]      int64   class indices, or None for a language model
+    summaries      [B, H]   float32 of a frozen network, or None where it reads the tokens
     ============== ======== ======= ============================================================
     """
 
@@ -99,6 +105,7 @@ class Batch:
     attention_mask: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor | None = None
+    summaries: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -113,6 +120,7 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             targets=self.targets.to(device),
             labels=None if self.labels is None else self.labels.to(device),
+            summaries=None if self.summaries is None else self.summaries.to(device),
         )
 
 
@@ -256,7 +264,15 @@ def collate(
         attention_mask=torch.from_numpy(mask),
         targets=torch.from_numpy(targets),
         labels=torch.tensor(labels, dtype=torch.int64) if known else None,
+        summaries=_summaries(examples, shape[0]),
     )
+
+
+def _summaries(examples: Sequence[Example], rows: int) -> torch.Tensor | None:
+    known = [example.summary for example in examples if example.summary is not None]
+    if not known:
+        return None
+    return torch.from_numpy(np.stack([*known, *([known[0]] * (rows - len(known)))]))
 
 
 def micro_batches(lengths: Sequence[int], *, max_tokens: int, rows: Sequence[int] | None = None) -> list[list[int]]:

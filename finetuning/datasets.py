@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from conf.schema.data import Columns, DataConfig, DataSource
+from finetuning.people import name_of
 from finetuning.rows import Row, at_place, cell, missing_column, nearest, place_of
 from finetuning.text_files import rows_of_csv, rows_of_json
 from finetuning.typed_files import rows_of_arrow, rows_of_hub, rows_of_parquet, rows_of_saved_folder
@@ -62,8 +63,9 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
 
     With `split_column` its value decides. Otherwise each row is held out with probability `heldout_fraction`,
     independently of every other row: one record more or less then leaves the odds of all others as they were, which a
-    fixed count of held-out rows would not. Of two rows or more at least one lands on each side; a single row is trained
-    on.
+    fixed count of held-out rows would not. Rows of one group (`group_column`, else `user_column`) share one draw, which
+    follows from the group's name. Of two rows or groups or more at least one lands on each side; a single one is
+    trained on.
 
     Raises:
         DataError: no row has the value that marks training rows, or none the value that marks held-out ones although
@@ -73,13 +75,36 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
     chosen = limit_rows(rows, config.max_records, draw)
     if config.split_column is not None:
         return _split_by_column(chosen, config, config.split_column)
-    is_heldout = [draw.random() < config.heldout_fraction for _ in chosen]
-    if len(chosen) >= 2 and len(set(is_heldout)) == 1:
-        is_heldout[draw.randrange(len(chosen))] ^= True
-    elif len(chosen) == 1:
-        is_heldout = [False]
-    train = [row for row, held in zip(chosen, is_heldout, strict=True) if not held]
-    return train, [row for row, held in zip(chosen, is_heldout, strict=True) if held]
+    column = config.group_column or config.user_column
+    names = [str(number) for number in range(len(chosen))] if column is None else _groups(chosen, config, column)
+    is_heldout = _drawn(list(dict.fromkeys(names)), config.heldout_fraction, draw, named=column is not None, seed=seed)
+    train = [row for row, name in zip(chosen, names, strict=True) if not is_heldout[name]]
+    return train, [row for row, name in zip(chosen, names, strict=True) if is_heldout[name]]
+
+
+def _drawn(names: Sequence[str], fraction: float, draw: random.Random, *, named: bool, seed: int) -> dict[str, bool]:
+    """Return whether each name is held out: by a draw in their order, or by one of its own where names mean something:
+    who else is there then changes nothing."""
+    draws = [random.Random(f"{seed}|{name}").random() if named else draw.random() for name in names]  # noqa: S311
+    held = [each < fraction for each in draws]
+    if len(names) >= 2 and len(set(held)) == 1:
+        held[draw.randrange(len(names))] ^= True
+    elif len(names) == 1:
+        held = [False]
+    return dict(zip(names, held, strict=True))
+
+
+def _groups(rows: Sequence[Row], config: DataConfig, column: str) -> list[str]:
+    """Return the group of each row, however spelled; a row that names none is one of its own."""
+    present = dict.fromkeys(name for row in rows for name in row)
+    if rows and column not in present:
+        setting = "data.user_column" if config.group_column is None else "data.group_column"
+        raise DataError(missing_column(column, present, setting))
+    groups: list[str] = []
+    for number, row in enumerate(rows):
+        name = name_of(row.get(column))
+        groups.append(f"row {number}" if name is None else f"group {name}")
+    return groups
 
 
 def rows_in_use(rows: Iterable[Row], config: DataConfig) -> list[Row]:

@@ -39,14 +39,22 @@ class MeanPooledClassifier(PreTrainedModel):
         return self.body.get_input_embeddings()
 
     def forward(
-        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **others: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        summaries: torch.Tensor | None = None,
+        **others: Any,
     ) -> SequenceClassifierOutput:
-        """Return the logits, shape (texts, classes); a row without a token has the head's bias."""
+        """Return the logits, shape (texts, classes), of texts or of their `summaries`, shape (texts, hidden)."""
         del others  # what PEFT passes on for networks that compute a loss
+        if summaries is None:
+            summaries = self.summaries(input_ids, attention_mask)
+        return SequenceClassifierOutput(logits=self.classifier(summaries))
+
+    def summaries(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return each text's h̄, shape (texts, hidden); zero for a row without a token."""
         states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if attention_mask is None:
-            mean = states.mean(dim=1)
-        else:
-            kept = attention_mask.unsqueeze(-1).to(states.dtype)
-            mean = (states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
-        return SequenceClassifierOutput(logits=self.classifier(mean))
+            return states.mean(dim=1)
+        kept = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)

@@ -21,7 +21,7 @@ from conf.schema.task import Task
 from finetuning.batches import collate
 from finetuning.embedded import resolve
 from finetuning.made_up import made_up_examples
-from finetuning.pooling import POOLING_FILE
+from conf.pooling import POOLING_FILE
 from finetuning.reached import reached_modules
 from finetuning.tasks.build import build_objective
 from finetuning.vocabulary import check_vocabulary, positions, rows_of, stated_positions

@@ -18,7 +18,7 @@ from conf.schema.model import LoRA, Model
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from finetuning.embedded import resolve
-from finetuning.pooling import states_mean
+from conf.pooling import states_mean
 
 __all__ = ["AdapterSizes", "adapter_sizes", "trained_values"]
 

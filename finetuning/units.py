@@ -28,12 +28,19 @@ class MicroBatch:
     owners     [B]     int64     the row's unit within this micro-batch; -1 for padding rows
     weights    [B]     float32   what the row's loss counts in its unit's
     =========  ======  ========  ==========================================================
+
+    `positions` says which of the site's examples the records are.
     """
 
     batch: Batch
     owners: torch.Tensor
     weights: torch.Tensor
-    records: int
+    positions: tuple[int, ...]
+
+    @property
+    def records(self) -> int:
+        """How many rows are records."""
+        return len(self.positions)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return the same micro-batch on another device."""
@@ -165,8 +172,8 @@ class MicroBatches:
         return BatchShape(more if more * length <= self.max_tokens else rows, length, full)
 
     def _padded(self, units: Sequence[_Unit], shape: BatchShape) -> MicroBatch:
-        records = [(self.examples[position], owner) for owner, unit in enumerate(units) for position in unit]
-        examples = [example for example, _ in records]
+        records = [(position, owner) for owner, unit in enumerate(units) for position in unit]
+        examples = [self.examples[position] for position, _ in records]
         batch = collate(examples, self.pad_token_id, rows=shape.rows, length=shape.length, full=shape.full)
         padding = batch.size - len(records)
         weights = [1 / len(units[owner]) if self.mean else 1.0 for _, owner in records]
@@ -174,5 +181,5 @@ class MicroBatches:
             batch,
             owners=torch.tensor([owner for _, owner in records] + [-1] * padding),
             weights=torch.tensor(weights + [0.0] * padding),
-            records=len(records),
+            positions=tuple(position for position, _ in records),
         )

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from conf.schema.model import Model
 from conf.schema.task import Classification, Task
 from finetuning.mean_pooled import MeanPooledClassifier
-from finetuning.pooling import states_mean
+from conf.pooling import states_mean
 from protocol.errors import ModelError
 
 __all__ = ["WRAPPERS", "head_name", "load_network"]

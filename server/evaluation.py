@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -13,6 +14,7 @@ from finetuning.datasets import read_rows, split_rows
 from finetuning.evaluation import evaluate, evaluate_groups
 from finetuning.models import load_base
 from finetuning.rows import Row, at_place
+from finetuning.summaries import reads_summaries, summarized
 from finetuning.tasks.base import Quality, TaskObjective
 from finetuning.tasks.build import build_objective
 from finetuning.vocabulary import check_fits
@@ -36,13 +38,29 @@ class Evaluator:
         objective: TaskObjective,
         micro_batch_tokens: int,
         root: Sequence[Example] = (),
+        *,
+        labels: Sequence[str] | None = None,
+        text_bytes: Mapping[str, int] | None = None,
     ) -> None:
+        """Hold what is evaluated.
+
+        Args:
+            adapted: the network.
+            groups: held-out examples.
+            objective: what is measured.
+            micro_batch_tokens: padded tokens per forward pass.
+            root: public examples that the server trains on itself.
+            labels: of a classifier.
+            text_bytes: of a language model: the bytes of UTF-8 that each group's predicted tokens stand for.
+        """
+        self._labels = labels
+        self._text_bytes = text_bytes or {}
         self.root = root
         """Public examples that the server trains on itself, and does not evaluate on; empty unless a rule asks."""
         self._adapted = adapted
-        self._groups = groups
         self._objective = objective
         self._micro_batch_tokens = micro_batch_tokens
+        self._groups = groups
 
     @property
     def base_digest(self) -> str:
@@ -58,8 +76,8 @@ class Evaluator:
         """Return the adapter that training starts from."""
         return self._adapted.initial(seed)
 
-    def evaluate(self, adapter: NamedTensors, round_number: int) -> Evaluated | None:
-        """Return the quality of an adapter; None without held-out examples."""
+    def evaluate(self, adapter: NamedTensors, round_number: int, *, last: bool = False) -> Evaluated | None:
+        """Return the quality of an adapter, after the `last` round class by class; None without held-out examples."""
         if not self._groups:
             return None
         self._adapted.load(adapter)
@@ -73,7 +91,16 @@ class Evaluator:
             total.loss,
             total.units,
             {name: self._objective.headline(part) for name, part in parts.items()},
+            self._figures(total, sum(self._text_bytes.values())),
+            {name: self._figures(part, self._text_bytes.get(name, 0)) for name, part in parts.items()},
+            total.classes.by_class(self._labels) if last and total.classes is not None and self._labels else None,
         )
+
+    def _figures(self, quality: Quality, text_bytes: int) -> dict[str, float]:
+        if quality.classes is not None:
+            return quality.classes.figures()
+        # Tokenizers cut a text into different numbers of tokens, so that perplexities of two models do not compare.
+        return {"bits_per_byte": quality.loss_sum / math.log(2) / text_bytes} if text_bytes else {}
 
     def evaluate_each(self, adapters: Mapping[str, NamedTensors]) -> PersonalEvaluated | None:
         """Return the quality of each site's own adapter on the site's held-out examples, or on all of them where they
@@ -120,7 +147,18 @@ def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None
     root_rows, rows = split_root(experiment, rows)
     groups = {name: _examples(experiment, adapted, part, name) for name, part in _grouped(experiment, rows).items()}
     root = _examples(experiment, adapted, root_rows, "the root set") if root_rows else ()
-    return Evaluator(adapted, groups, build_objective(experiment.task), experiment.runtime.micro_batch_tokens, root)
+    budget = experiment.runtime.micro_batch_tokens
+    if reads_summaries(adapted):
+        groups = {name: summarized(adapted, part, micro_batch_tokens=budget) for name, part in groups.items()}
+    task = experiment.task
+    sizes = None if task.labels else {name: _predicted_bytes(adapted, part) for name, part in groups.items()}
+    return Evaluator(adapted, groups, build_objective(task), budget, root, labels=task.labels, text_bytes=sizes)
+
+
+def _predicted_bytes(adapted: AdaptedModel, examples: Iterable[Example]) -> int:
+    """Return how many bytes of text the learned tokens are, but for a first one, which nothing predicts."""
+    tokens = (example.input_ids[1:][example.trained[1:]].tolist() for example in examples)
+    return sum(len(adapted.base.tokenizer.decode(each, skip_special_tokens=True).encode()) for each in tokens)
 
 
 def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -83,6 +83,12 @@ class Evaluated:
     loss: float
     units: int
     groups: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of a classifier: `majority`, `macro_f1`, `calibration_error`; of a language model: `bits_per_byte`."""
+    group_figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by group."""
+    by_class: dict[str, Any] | None = None
+    """Of a classifier after the last round: `classes`, `confusion`."""
     kind: Literal["evaluated"] = "evaluated"
 
 

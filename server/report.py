@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
@@ -20,7 +20,7 @@ import jinja2
 from conf.schema.experiment import Experiment
 from finetuning.checkpoints import write_atomically
 from server.plots import plots
-from server.summary import WHAT_TO_CHANGE, no_better_than_base, tuned_quality
+from server.summary import WHAT_TO_CHANGE, no_better_than, tuned_quality
 
 __all__ = ["render_report", "write_report"]
 
@@ -71,6 +71,7 @@ def render_report(summary: Mapping[str, Any], experiment: Experiment) -> str:
         factor=_factor(summary["privacy"]["epsilon"]),
         insecure=_is_insecure(summary),
         personal=((summary["final"] or {}).get("personal") or {"groups": {}})["groups"],
+        by_class=(summary["final"] or {}).get("by_class"),
         released=_released(rounds),
         rejected=[{"round": item["round"], **reply} for item in rounds for reply in item["rejected"]],
         finished=_finished(rounds),
@@ -130,8 +131,9 @@ def _banners(summary: Mapping[str, Any], experiment: Experiment) -> list[Banner]
             "its training records. Do not release it as if it were protected."
         )
         banners.append(Banner("danger", "NOT PRIVATE", text))
-    if no_better_than_base(summary["final"]):
-        banners.append(Banner("danger", "NO BETTER THAN THE BASE", WHAT_TO_CHANGE))
+    if (what := no_better_than(summary["final"])) is not None:
+        title, text = WHAT_TO_CHANGE[what]
+        banners.append(Banner("danger", title.upper(), text))
     if _is_insecure(summary):
         text = (
             f"Noise and sampling came from the fixed seed {getattr(experiment.privacy, 'insecure_seed', None)} "
@@ -173,7 +175,14 @@ def _facts(summary: Mapping[str, Any], experiment: Experiment) -> list[tuple[str
     ]
     if found is not None:
         facts.insert(2, (f"Last {found['metric']}", _measure(tuned_quality(found)[0], found["metric"])))
+        facts += [(title, _FIGURES[title][1](value)) for title, value in _figures(found)]
     return facts
+
+
+def _figures(final: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the title and the value of each figure beside the metric."""
+    known = final.get("figures", {})
+    return [(title, known[key]) for title, (key, _) in _FIGURES.items() if key in known]
 
 
 def _time(seconds: Mapping[str, float | None]) -> str:
@@ -298,3 +307,11 @@ def _plural(count: int, noun: str) -> str:
     if count == 1:
         return f"{count:,} {noun}"
     return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
+
+
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "Most frequent class": ("majority", _percent),
+    "Macro F1": ("macro_f1", _percent),
+    "Calibration error": ("calibration_error", _percent),
+    "Bits per byte": ("bits_per_byte", _number),
+}

@@ -340,7 +340,7 @@ def _evaluate(
     every, last = experiment.evaluation.every, experiment.federation.rounds
     if every == 0 or (round_number % every and round_number != last):
         return None
-    evaluated = evaluator.evaluate(adapter, round_number)
+    evaluated = evaluator.evaluate(adapter, round_number, last=round_number == last)
     if evaluated is not None:
         observe(evaluated)
     return evaluated

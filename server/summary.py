@@ -25,7 +25,7 @@ from server.events import (
 )
 from server.statements import epsilon_of_group, epsilon_over_several
 
-__all__ = ["SUMMARY_VERSION", "WHAT_TO_CHANGE", "no_better_than_base", "summarize", "tuned_quality"]
+__all__ = ["SUMMARY_VERSION", "WHAT_TO_CHANGE", "no_better_than", "summarize", "tuned_quality"]
 
 SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
@@ -34,12 +34,22 @@ _PACKAGES = ("cloister", "flwr", "opacus", "dp-accounting", "torch", "transforme
 _LOST = ("no_reply", "flower_error", "malformed_reply", "site_error", "site_down", "site_silent")
 """Codes after which a site may have trained: its process may have been killed, or hung, after it had reserved."""
 _HIGHER_IS_BETTER = frozenset(each.metric for each in (make() for make in OBJECTIVES.values()) if each.higher_is_better)
-WHAT_TO_CHANGE = (
-    "On held-out records the tuned model is not better than the base that it started from: use the base. More records "
-    "or sites, a larger ε, or fewer trained values (peft=head for a classifier, a lower peft.rank) leave more signal "
-    "beside the noise; cloister plan prints their ratio."
+_REMEDY = (
+    "More records or sites, a larger ε, or fewer trained values (peft=head for a classifier, a lower peft.rank) leave "
+    "more signal beside the noise; cloister plan prints their ratio."
 )
-"""What a run that ends so says."""
+WHAT_TO_CHANGE = {
+    "base": (
+        "no better than the base",
+        f"On held-out records the tuned model is not better than the base that it started from: use the base. {_REMEDY}",
+    ),
+    "majority": (
+        "no better than one answer",
+        "On held-out records the tuned model is right no more often than one that always says the most frequent class. "
+        f"{_REMEDY}",
+    ),
+}
+"""What a run that ends so says, by what `no_better_than` returns: a title, and what to change."""
 _WITHHELD: dict[str, Any] = {"down": None, "up": None}
 _PHASES = ("train", "aggregate", "evaluate", "other")
 
@@ -228,6 +238,7 @@ def _evaluation(event: Evaluated | None) -> dict[str, Any] | None:
         "loss": event.loss,
         "units": event.units,
         "groups": event.groups,
+        "figures": event.figures,
     }
 
 
@@ -243,6 +254,9 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
         "value": last.value,
         "round": last.round,
         "groups": last.groups,
+        "figures": last.figures,
+        "group_figures": last.group_figures,
+        "by_class": last.by_class,
         "personal": _personal(events),
     }
 
@@ -252,13 +266,20 @@ def _personal(events: Sequence[Event]) -> dict[str, Any] | None:
     return None if found is None else {"value": found.value, "groups": found.groups}
 
 
-def no_better_than_base(final: Mapping[str, Any] | None) -> bool:
-    """Return whether what sites use after a run, from a summary's `final`, is not better on held-out records than the
-    base was before it; False where either was not measured."""
-    if final is None or final["base"] is None or final["round"] == 0:
-        return False
+def no_better_than(final: Mapping[str, Any] | None) -> str | None:
+    """Return what the model that sites use after a run is not better than on held-out records, from a summary's
+    `final`: the base before it, or the most frequent class; None where it is, or where nothing was measured."""
+    if final is None or final["round"] == 0:
+        return None
     tuned, _ = tuned_quality(final)
-    return not (tuned > final["base"] if final["metric"] in _HIGHER_IS_BETTER else tuned < final["base"])
+    if final["base"] is not None and not _is_better(final["metric"], tuned, final["base"]):
+        return "base"
+    majority = final.get("figures", {}).get("majority")
+    return "majority" if majority is not None and not tuned > majority else None
+
+
+def _is_better(metric: str, value: float, other: float) -> bool:
+    return value > other if metric in _HIGHER_IS_BETTER else value < other
 
 
 def tuned_quality(final: Mapping[str, Any]) -> tuple[float, Mapping[str, float]]:

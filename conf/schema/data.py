@@ -187,6 +187,11 @@ class DataConfig(Frozen):
     heldout_fraction: float = Field(
         default=0.1, ge=1e-6, lt=1, description="chance of a record to be held out, when split_column is null"
     )
+    group_column: Name | None = Field(
+        default=None,
+        description="column whose equal values (conversations, documents, households) stay together, all trained on "
+        "or all held out, when split_column is null; null: user_column, where that is set",
+    )
     max_length: Annotated[int, Field(ge=2, le=1 << 30)] | None = Field(
         default=None, description="longest sequence in tokens; null: the model's context"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from finetuning.batches import Batch
+from finetuning.class_counts import ClassCounts
 
 __all__ = ["Quality", "TaskObjective"]
 
@@ -20,9 +22,17 @@ class Quality:
     loss_sum: float = 0.0
     correct: int = 0
     units: int = 0
+    classes: ClassCounts | None = None
+    """Of a classifier."""
 
     def __add__(self, other: Quality) -> Quality:
-        return Quality(self.loss_sum + other.loss_sum, self.correct + other.correct, self.units + other.units)
+        counted = [each.classes for each in (self, other) if each.classes is not None]
+        return Quality(
+            self.loss_sum + other.loss_sum,
+            self.correct + other.correct,
+            self.units + other.units,
+            reduce(ClassCounts.__add__, counted) if counted else None,
+        )
 
     @property
     def loss(self) -> float:

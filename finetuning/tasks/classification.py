@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from finetuning.batches import Batch
+from finetuning.class_counts import ClassCounts
 from finetuning.tasks.base import Quality
 
 __all__ = ["ClassificationObjective"]
@@ -23,10 +24,11 @@ class ClassificationObjective:
         return cross_entropy(_logits(network, batch), _labels(batch), reduction="none")
 
     def quality(self, network: nn.Module, batch: Batch) -> Quality:
-        """Return cross entropy and hits summed over examples."""
+        """Return cross entropy and hits summed over examples, and who was taken for whom."""
         logits, labels = _logits(network, batch), _labels(batch)
         hits = int((logits.argmax(dim=1) == labels).sum())
-        return Quality(float(cross_entropy(logits, labels, reduction="sum")), hits, batch.size)
+        loss = float(cross_entropy(logits, labels, reduction="sum"))
+        return Quality(loss, hits, batch.size, ClassCounts.of(logits, labels))
 
     def headline(self, quality: Quality) -> float:
         """Return the accuracy in [0, 1]."""
@@ -34,6 +36,8 @@ class ClassificationObjective:
 
 
 def _logits(network: nn.Module, batch: Batch) -> torch.Tensor:
+    if batch.summaries is not None:
+        return network(summaries=batch.summaries).logits.float()
     return network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
 
 

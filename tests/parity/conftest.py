@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from client.row_check import RowCheck
+from client.row_check import RowCheck, losses_and_gradients
 from conf.schema.model import LoRA, Model
 from conf.schema.task import CausalLM, Classification, Task
 from finetuning.adapters import AdaptedModel, attach
 from finetuning.batches import Example
 from finetuning.models import load_base
 from finetuning.padding import BatchShape
+from finetuning.summaries import reads_summaries, summaries_of, summarized
 from finetuning.tasks.build import build_objective
 from finetuning.units import MicroBatches
 from privacy.example_level import NativeGradients, OpacusGradients
@@ -66,7 +67,7 @@ class Bench:
         torch.manual_seed(seed)
         try:
             made = MicroBatches.of(
-                examples,
+                self.as_read(examples, rule, micro_batch_tokens),
                 grouping.pop("units", None),
                 self.adapted.base.pad_token_id,
                 max_tokens=micro_batch_tokens,
@@ -89,7 +90,25 @@ class Bench:
         classes = len(CLASSES) if isinstance(self.task, Classification) else None
         static, longest = grouping.get("static_shapes", False), grouping.get("longest")
         key = (type(rule), frozenset(self.trained), static)
-        return RowCheck(self.adapted, build_objective(self.task), rule.per_unit, classes, static, longest, key)
+        computed = losses_and_gradients(self.adapted, build_objective(self.task), rule.per_unit)
+        reads = reads_summaries(self.adapted)
+        return RowCheck(self.adapted, computed, classes, static, longest, key, summaries=reads)
+
+    def as_read(self, examples: Sequence[Example], rule: GradientRule, micro_batch_tokens: int) -> Sequence[Example]:
+        """Return the examples as a site's training reads them: summarized where only a head is trained."""
+        if not reads_summaries(self.adapted):
+            return examples
+        alike = RowCheck(
+            self.adapted, lambda batch, _: [summaries_of(self.adapted, batch)], len(CLASSES), False, None, (type(rule),)
+        )
+        is_batched = isinstance(rule, NativeGradients | OpacusGradients)
+        return summarized(
+            self.adapted,
+            examples,
+            micro_batch_tokens=micro_batch_tokens,
+            max_rows=rule.max_micro_batch,
+            alike=alike if is_batched else None,
+        )
 
     def gradient(self, example: Example) -> dict[str, torch.Tensor]:
         """Return one example's gradient in float64 by plain autograd: no padding, no hooks, no code of ours."""

@@ -24,12 +24,21 @@ OTHERS = 23
 SPREADS = (0.05, 1.0, 2.0, 3.0, 5.0, 8.0, 10.0, 100.0, 1000.0)
 USUAL = 10.0
 """Above this spread, gradients may be no numbers: such a record adds nothing."""
-FAMILIES = [("llama", "fedit"), ("llama", "ffa_lora"), ("gpt2", "fedit"), ("bert", "fedit"), ("pooled", "fedit")]
-"""`pooled`: BERT with a head on the mean of its last layer."""
+FAMILIES = [
+    ("llama", "fedit"),
+    ("llama", "ffa_lora"),
+    ("gpt2", "fedit"),
+    ("bert", "fedit"),
+    ("pooled", "fedit"),
+    ("head", "fedit"),
+]
+"""`pooled`: BERT with a head on the mean of its last layer; `head`: that head alone, on kept summaries."""
 
 
 def made_by(bench: Make, family: str, strategy: str = "fedit", **options: Any) -> Any:
     """Return a family's bench."""
+    if family == "head":
+        return bench("bert", strategy, "pooled", targets="none", **options)
     return bench("bert", strategy, "pooled", **options) if family == "pooled" else bench(family, strategy, **options)
 
 
@@ -111,7 +120,8 @@ def test_no_adapter_lets_a_record_move_the_sum_by_more_than_the_clip_norm(
         reached = max(reached, distance)
         broken = max(broken, moved_in_one_batch(made, examples, clip_norm, total_norm))
     assert reached > 0.999, "no record was clipped: the bound was never tested"
-    assert broken > 1.01, "the control holds too: these adapters amplify nothing"
+    if family != "head":  # one linear layer amplifies rounding by its size alone, which is too little to be seen
+        assert broken > 1.01, "the control holds too: these adapters amplify nothing"
 
 
 @pytest.mark.parametrize("per_example", ["opacus", "one_by_one"])

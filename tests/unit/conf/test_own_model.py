@@ -1,5 +1,7 @@
 """Which settings a user's own model gets, and when a user is left alone."""
 
+from pathlib import Path
+
 import pytest
 
 from conf.compose import CONFIG_DIRECTORY, InvalidConfiguration, chosen_settings, compose_experiment
@@ -25,6 +27,17 @@ def test_a_model_of_ones_own_takes_one_step_a_round() -> None:
 @pytest.mark.parametrize(("more", "targets"), [((), "none"), (("privacy=none",), "auto"), (("peft.rank=4",), "auto")])
 def test_a_private_classifier_trains_its_head_alone(more: tuple[str, ...], targets: str) -> None:
     assert compose_experiment((*OWN, *ROWS, *more)).peft.targets == targets
+
+
+def test_a_head_on_summaries_reads_every_record(tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    own = (f"model.path={tmp_path}", *ROWS)
+    local = compose_experiment(own).federation.local
+    assert (local.expected_batch(70), local.expected_batch(9000), local.steps) == (70, 9000, 1)
+    assert "federation=every_record" in chosen_settings((*OWN, *ROWS, "task.pooling=mean"))
+    for other in ("task.pooling=model", "privacy=none", "peft.rank=4"):
+        assert "federation=one_step" in chosen_settings((*own, other))
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,36 @@ def test_one_more_record_moves_nobody_else() -> None:
     assert longer_heldout[: len(heldout)] == heldout
 
 
+@given(groups=st.lists(st.integers(0, 8), min_size=2, max_size=60), seed=st.integers(0, 2**32))
+@pytest.mark.parametrize("column", ["group_column", "user_column"])
+def test_a_group_lies_on_one_side(column: str, groups: list[int], seed: int) -> None:
+    rows = [{"n": number, "of": f" Talk {group}" if number % 2 else f"talk {group}"} for number, group in enumerate(groups)]
+    train, heldout = split_rows(rows, config(**{column: "of"}, heldout_fraction=0.4), seed)
+    sides = [{str(row["of"]).strip().casefold() for row in side} for side in (train, heldout)]
+    assert not sides[0] & sides[1]
+    assert sorted(row["n"] for row in (*train, *heldout)) == list(range(len(rows)))
+    assert all(sides) == (len(set(groups)) > 1)
+
+
+def test_a_group_keeps_its_side_whoever_else_is_there() -> None:
+    rows = [{"n": number, "of": f"talk {number // 3}"} for number in range(300)]
+    heldout = split_rows(rows, config(group_column="of"), seed=3)[1]
+    fewer = split_rows(rows[30:], config(group_column="of"), seed=3)[1]
+    assert fewer == [row for row in heldout if row["n"] >= 30]
+
+
+def test_rows_that_name_no_group_are_split_one_by_one() -> None:
+    rows = [{"n": number, "of": None} for number in range(200)]
+    train, heldout = split_rows(rows, config(group_column="of"), seed=3)
+    assert 5 <= len(heldout) <= 40
+    assert len(train) + len(heldout) == 200
+
+
+def test_a_group_column_that_is_not_there() -> None:
+    with pytest.raises(DataError, match=r"no column 'talk'; present: talks; .*set data\.group_column"):
+        split_rows([{"talks": "a"}, {"talks": "b"}], config(group_column="talk"), seed=0)
+
+
 def test_max_records_draws_with_the_seed_and_keeps_the_order() -> None:
     rows = [{"n": number} for number in range(100)]
     train, heldout = split_rows(rows, config(max_records=10), seed=1)

@@ -16,7 +16,7 @@ from finetuning.adapters import attach
 from finetuning.export import export_adapter
 from finetuning.mean_pooled import MeanPooledClassifier
 from finetuning.models import base_digest, load_base
-from finetuning.pooling import states_mean
+from conf.pooling import states_mean
 from finetuning.shapes import trained_values
 
 LABELS = Classification(labels=("left", "middle", "right"))

@@ -8,7 +8,7 @@ import pytest
 from conf.compose import compose_experiment
 from server.events import Evaluated, RunStarted
 from server.report import render_report
-from server.summary import no_better_than_base, summarize
+from server.summary import no_better_than, summarize
 
 
 def a_summary(metric: str, *values: float) -> dict[str, Any]:
@@ -38,11 +38,20 @@ def a_summary(metric: str, *values: float) -> dict[str, Any]:
 )
 def test_the_report_warns_in_red(metric: str, values: tuple[float, ...], warned: bool) -> None:
     summary = a_summary(metric, *values)
-    assert no_better_than_base(summary["final"]) == warned
+    assert (no_better_than(summary["final"]) == "base") == warned
     page = render_report(summary, compose_experiment())
     assert ('role="alert"><strong>NO BETTER THAN THE BASE</strong>' in page) == warned
 
 
+def test_one_answer_for_all_is_no_result() -> None:
+    """A base at chance is easily beaten: 87 of 100 records are of one class, and 86.9 % right is worse than a word."""
+    for value, warned in ((0.869, True), (0.87, True), (0.88, False)):
+        final = a_summary("accuracy", 0.13, value)["final"] | {"figures": {"majority": 0.87}}
+        assert (no_better_than(final) == "majority") == warned
+        page = render_report(a_summary("accuracy", 0.13, value) | {"final": final}, compose_experiment())
+        assert ('role="alert"><strong>NO BETTER THAN ONE ANSWER</strong>' in page) == warned
+
+
 def test_what_was_not_measured_is_no_reason_to_warn() -> None:
-    assert not no_better_than_base(None)
-    assert not no_better_than_base(a_summary("accuracy", 0.5)["final"] | {"base": None, "round": 3})
+    assert no_better_than(None) is None
+    assert no_better_than(a_summary("accuracy", 0.5)["final"] | {"base": None, "round": 3}) is None
