@@ -254,9 +254,7 @@ def _tokenized(
     from finetuning.rows import at_place
 
     with at_place(name):
-        return tokenize_as_configured(
-            rows, experiment.data, tokenizer, context=context, labels=experiment.task.labels
-        )
+        return tokenize_as_configured(rows, experiment.data, tokenizer, context=context, labels=experiment.task.labels)
 
 
 def _chosen(parts: Mapping[str, Sequence[Row]], site: str | None) -> Mapping[str, Sequence[Row]]:

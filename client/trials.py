@@ -35,9 +35,7 @@ def examples_for(
     if not summaries:
         return examples
     drawn = np.random.default_rng(seed).standard_normal((len(examples), base.network.config.hidden_size))
-    return tuple(
-        replace(example, summary=row) for example, row in zip(examples, drawn.astype(np.float32), strict=True)
-    )
+    return tuple(replace(example, summary=row) for example, row in zip(examples, drawn.astype(np.float32), strict=True))
 
 
 @contextmanager

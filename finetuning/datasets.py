@@ -85,7 +85,7 @@ def split_rows(rows: Sequence[Row], config: DataConfig, seed: int) -> tuple[list
 def _drawn(names: Sequence[str], fraction: float, draw: random.Random, *, named: bool, seed: int) -> dict[str, bool]:
     """Return whether each name is held out: by a draw in their order, or by one of its own where names mean something:
     who else is there then changes nothing."""
-    draws = [random.Random(f"{seed}|{name}").random() if named else draw.random() for name in names]  # noqa: S311
+    draws = [random.Random(f"{seed}|{name}").random() if named else draw.random() for name in names]
     held = [each < fraction for each in draws]
     if len(names) >= 2 and len(set(held)) == 1:
         held[draw.randrange(len(names))] ^= True

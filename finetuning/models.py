@@ -16,12 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from conf.pooling import POOLING_FILE
 from conf.schema.model import Model
 from conf.schema.task import Task
 from finetuning.batches import collate
 from finetuning.embedded import resolve
 from finetuning.made_up import made_up_examples
-from conf.pooling import POOLING_FILE
 from finetuning.reached import reached_modules
 from finetuning.tasks.build import build_objective
 from finetuning.vocabulary import check_vocabulary, positions, rows_of, stated_positions

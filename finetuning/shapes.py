@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.pooling import states_mean
 from conf.schema.model import LoRA, Model
 from conf.schema.strategy import Strategy
 from conf.schema.task import Task
 from finetuning.embedded import resolve
-from conf.pooling import states_mean
 
 __all__ = ["AdapterSizes", "adapter_sizes", "trained_values"]
 

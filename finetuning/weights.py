@@ -27,10 +27,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from conf.pooling import states_mean
 from conf.schema.model import Model
 from conf.schema.task import Classification, Task
 from finetuning.mean_pooled import MeanPooledClassifier
-from conf.pooling import states_mean
 from protocol.errors import ModelError
 
 __all__ = ["WRAPPERS", "head_name", "load_network"]

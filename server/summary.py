@@ -41,7 +41,8 @@ _REMEDY = (
 WHAT_TO_CHANGE = {
     "base": (
         "no better than the base",
-        f"On held-out records the tuned model is not better than the base that it started from: use the base. {_REMEDY}",
+        "On held-out records the tuned model is not better than the base that it started from: use the base. "
+        f"{_REMEDY}",
     ),
     "majority": (
         "no better than one answer",

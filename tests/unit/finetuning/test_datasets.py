@@ -267,7 +267,9 @@ def test_one_more_record_moves_nobody_else() -> None:
 @given(groups=st.lists(st.integers(0, 8), min_size=2, max_size=60), seed=st.integers(0, 2**32))
 @pytest.mark.parametrize("column", ["group_column", "user_column"])
 def test_a_group_lies_on_one_side(column: str, groups: list[int], seed: int) -> None:
-    rows = [{"n": number, "of": f" Talk {group}" if number % 2 else f"talk {group}"} for number, group in enumerate(groups)]
+    rows = [
+        {"n": number, "of": f" Talk {group}" if number % 2 else f"talk {group}"} for number, group in enumerate(groups)
+    ]
     train, heldout = split_rows(rows, config(**{column: "of"}, heldout_fraction=0.4), seed)
     sides = [{str(row["of"]).strip().casefold() for row in side} for side in (train, heldout)]
     assert not sides[0] & sides[1]

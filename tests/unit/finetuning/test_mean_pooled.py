@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
+from conf.pooling import states_mean
 from conf.schema.model import LoRA, Model
 from conf.schema.strategy import FFALoRA
 from conf.schema.task import Classification
@@ -16,7 +17,6 @@ from finetuning.adapters import attach
 from finetuning.export import export_adapter
 from finetuning.mean_pooled import MeanPooledClassifier
 from finetuning.models import base_digest, load_base
-from conf.pooling import states_mean
 from finetuning.shapes import trained_values
 
 LABELS = Classification(labels=("left", "middle", "right"))
