@@ -11,6 +11,8 @@ from torch.linalg import vector_norm
 
 __all__ = ["ClippedSum", "Fold", "clipped_sum", "sum_by_unit", "weighted_sum"]
 
+_BLOCK = 1 << 18
+"""Values that are computed with at once, in float64: 2 MiB."""
 Fold = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows (units, n) float32, factors (units,) float64) to Σᵤ factorᵤ · rowᵤ of shape (n,), in the noise's own dtype."""
 
@@ -29,7 +31,22 @@ def weighted_sum(rows: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
     In float32 the sum of n clipped rows would move by up to n² · 2^-24 of the clip norm with the order of its terms.
     """
-    return torch.mv(rows.double().T, factors.double())
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    at_once = _rows_at_once(rows)
+    for some, theirs in zip(rows.split(at_once), factors.double().split(at_once), strict=True):
+        total += torch.mv(some.double().T, theirs)
+    return total
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return each row's L2 norm in float64: one that comes out too small lets more than the clip norm through."""
+    return torch.cat([vector_norm(some, dim=1, dtype=torch.float64) for some in rows.split(_rows_at_once(rows))])
+
+
+def _rows_at_once(rows: torch.Tensor) -> int:
+    """Return how many rows are copied to float64 at a time: a head of many classes has wide ones, and all their copies
+    together would leave the processor's cache."""
+    return max(_BLOCK // max(rows.shape[1], 1), 1)
 
 
 def clipped_sum(per_unit: Sequence[torch.Tensor], clip_norm: float, fold: Fold = weighted_sum) -> ClippedSum:
@@ -53,8 +70,7 @@ def clipped_sum(per_unit: Sequence[torch.Tensor], clip_norm: float, fold: Fold =
     =====================  ====================================================
     """
     flat = [gradient.reshape(len(gradient), math.prod(gradient.shape[1:])).float() for gradient in per_unit]
-    # In float64: a norm that comes out too small lets more than `clip_norm` through.
-    norms = torch.stack([vector_norm(gradient, dim=1, dtype=torch.float64) for gradient in flat]).norm(dim=0)
+    norms = torch.stack([_norms(gradient) for gradient in flat]).norm(dim=0)
     finite = torch.isfinite(norms)
     factors = (clip_norm / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
     factors = torch.where(finite, factors, torch.zeros_like(factors))
