@@ -96,7 +96,8 @@ def _at_the_noise_of(plan: PrivacyPlan, patient: Patient) -> Experiment:
     whole = experiment.privacy
     updated = whole.model_copy(update={"local": privacy}) if isinstance(whole, ClientLevel) else privacy
     federation = experiment.federation
-    local = federation.local.model_copy(update={"steps": _ASKED})
+    batch = max(min(federation.local.expected_batch_size, plan.normalizer), 1.0)  # a plan may ask for any site's whole
+    local = federation.local.model_copy(update={"steps": _ASKED, "expected_batch_size": batch})
     return experiment.model_copy(
         update={"privacy": updated, "federation": federation.model_copy(update={"local": local})}
     )

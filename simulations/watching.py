@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -58,9 +58,9 @@ class StepLog:
 class _Watched(Sequence[Example]):
     """A site's examples; whose is looked up by position is noted, reading all of them (for a fingerprint) is not."""
 
-    def __init__(self, records: SiteRecords, log: StepLog) -> None:
-        self._examples, self._log = records.examples, log
-        self._owners = {position: unit for unit, members in enumerate(records.units.members) for position in members}
+    def __init__(self, examples: Sequence[Example], units: Units, log: StepLog) -> None:
+        self._examples, self._log = examples, log
+        self._owners = {position: unit for unit, members in enumerate(units.members) for position in members}
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -79,6 +79,19 @@ class _Watched(Sequence[Example]):
         return self._examples[index]
 
 
+class _WatchedSummaries(dict[Hashable, Sequence[Example]]):
+    """Summaries of a site's examples, which training looks up in their place; making them is no use of an example."""
+
+    def __init__(self, log: StepLog) -> None:
+        super().__init__()
+        self._log = log
+        self.units: Units | None = None
+
+    def __setitem__(self, key: Hashable, examples: Sequence[Example]) -> None:
+        self._log.looked_up.clear()
+        super().__setitem__(key, examples if self.units is None else _Watched(examples, self.units, self._log))
+
+
 class WatchedSite:
     """A site that is what it is, except that the use of its examples is noted."""
 
@@ -86,7 +99,7 @@ class WatchedSite:
         self._site = Site(file, rows=lambda: rows)
         self._own, self._log = self._site.work(), log
         self._work = replace(self._own, records=self._records)
-        self._units: Units | None = None
+        self._summaries = _WatchedSummaries(log)
 
     def rehearse(self, plan: ClientPlan) -> PrivacyPlan:
         """Return the site's own privacy plan."""
@@ -98,9 +111,9 @@ class WatchedSite:
 
     def booked(self, run: str) -> tuple[SubsampledGaussian, ...]:
         """Return what the site's ledger holds of a run; nothing where the site has no budget."""
-        if self._units is None or self._site.file.budget is None:
+        if self._summaries.units is None or self._site.file.budget is None:
             return ()
-        return tuple(self._site.state.ledger(self._units).mechanisms(run))
+        return tuple(self._site.state.ledger(self._summaries.units).mechanisms(run))
 
     def card(self) -> Mapping[str, Any]:
         """Return what the site says of itself, without its key and the key's signature."""
@@ -112,8 +125,9 @@ class WatchedSite:
 
     def _records(self, adapted: AdaptedModel, privacy: LocalPrivacy, key: bytes) -> SiteRecords:
         records = self._own.records(adapted, privacy, key)
-        self._units = records.units
-        return replace(records, examples=_Watched(records, self._log))
+        self._summaries.units = records.units
+        watched = _Watched(records.examples, records.units, self._log)
+        return replace(records, examples=watched, summaries=self._summaries)
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor:

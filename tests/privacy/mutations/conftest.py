@@ -39,12 +39,16 @@ Observe = Callable[..., Subject]
 def configure(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Configure:
     """Compose an experiment: one site with 60 records of 20 users, and the adapter of a tiny Llama."""
     rows = [
-        {"text": " ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(2 + n % 5)), "user": f"u{n % USERS}"}
+        {
+            "text": " ".join(WORDS[(n * 7 + k * k) % len(WORDS)] for k in range(2 + n % 5)),
+            "user": f"u{n % USERS}",
+            "class": "odd" if n % 2 else "even",
+        }
         for n in range(RECORDS)
     ]
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     path.write_text("".join(json.dumps({**row, "kind": "train"}) + "\n" for row in rows))
-    held = json.dumps({"text": "sore throat", "user": "u0", "kind": "heldout"})
+    held = json.dumps({"text": "sore throat", "user": "u0", "class": "odd", "kind": "heldout"})
     path.write_text(path.read_text() + held + "\n")
     fixed = [*SETTINGS, f"model.path={tiny_model('llama')}", f"data.source.path={path}"]
     return lambda *overrides: compose_experiment([*fixed, *overrides])
@@ -59,6 +63,19 @@ def observe(configure: Configure, tmp_path: Path) -> Observe:
         return observe_site(experiment, build_population(experiment).parts, tmp_path)
 
     return observed
+
+
+@pytest.fixture
+def head_alone(tiny_model: Callable[..., Path]) -> tuple[str, ...]:
+    """Overrides that train nothing but a head, on summaries of texts."""
+    return (
+        f"model.path={tiny_model('bert')}",
+        "task=classification",
+        "task.labels=[even,odd]",
+        "task.pooling=mean",
+        "data.columns={kind:labelled,text:text,label:class}",
+        "peft=head",
+    )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ def test_a_healthy_program_passes_every_check(
     assert {code for code, verdict in verdicts.items() if verdict.passed is None} == not_examined
 
 
+@pytest.mark.parametrize("batch", ["8", "1e9"], ids=["some", "all"])
+def test_a_healthy_head_on_summaries_passes_every_check(
+    batch: str, head_alone: tuple[str, ...], observe: Callable[..., Subject]
+) -> None:
+    verdicts = diagnose(observe(*head_alone, f"federation.local.expected_batch_size={batch}"))
+    assert exit_code(verdicts.items()) == 0, verdicts
+
+
 def test_there_must_be_a_site(configure: Callable[..., Experiment], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no site to examine: data\.partition leaves none"):
         observe_site(configure(), {}, tmp_path)

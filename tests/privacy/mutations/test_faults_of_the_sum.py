@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ import client.site
 import client.training
 import privacy.plan
 from client.units import Units
-from finetuning.batches import TokenizedRows
+from finetuning.batches import Example, TokenizedRows
+from finetuning.summaries import summarized
 from privacy.doctor.diagnosis import diagnose, exit_code
 from privacy.doctor.subject import Subject
 from privacy.plan import PrivacyPlan
@@ -226,3 +229,16 @@ def test_sum_divided_by_the_true_batch_size(plant: Plant, catches: Catches) -> N
 
     plant("gradient_rule", ByCount)
     catches(14)
+
+
+@pytest.mark.fault("summaries centred on the site's own mean")
+def test_summaries_centred_on_the_sites_own_mean(plant: Plant, head_alone: tuple[str, ...], catches: Catches) -> None:
+    """What a head reads is shifted by the mean over the site's records, so each record is in every other one's gradient."""
+
+    def centred(*arguments: Any, **options: Any) -> tuple[Example, ...]:
+        made = summarized(*arguments, **options)
+        mean = np.mean([example.summary for example in made if example.summary is not None], axis=0)
+        return tuple(replace(example, summary=example.summary - mean) for example in made)
+
+    plant("summarized", centred)
+    catches(13, *head_alone)
