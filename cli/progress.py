@@ -14,6 +14,7 @@ from rich.table import Table
 from cli.tables import byte_text, epsilon_text, quality_text
 from conf.schema.experiment import Experiment
 from server.events import (
+    BestKept,
     Evaluated,
     Event,
     PersonalEvaluated,
@@ -102,7 +103,7 @@ class RoundsDisplay:
                 self._progress.update(self._task, completed=event.round)
             case RunFinished():
                 self._progress.stop()
-            case PersonalEvaluated():
+            case BestKept() | PersonalEvaluated():
                 pass  # the live display has ended; the outcome's table tells it
 
     def _reply(self, event: SiteReplied) -> None:
@@ -182,5 +183,8 @@ class PlainLines:
             case PersonalEvaluated():
                 value = quality_text(event.metric, event.value)
                 self._print(f"each site's own model: held-out {event.metric} {value}")
+            case BestKept():
+                early = ", and no later one was better" if event.stopped else ""
+                self._print(f"kept     round {event.round}, the best by public held-out records{early}")
             case RoundStarted():
                 pass

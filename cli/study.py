@@ -11,6 +11,7 @@ import typer
 
 from cli.paths import at_home, expanded_path
 from cli.study_grids import bits, ranks, strategies
+from cli.study_quality import quality
 
 if TYPE_CHECKING:
     from simulations.study_robustness import Result
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Comparisons that need several runs.", no_args_is_help=True)
-for command in (strategies, bits, ranks):
+for command in (quality, strategies, bits, ranks):
     app.command()(command)
 
 

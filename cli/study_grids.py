@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from simulations.study_cells import Cell, Line
     from simulations.study_grids import Grid
 
-__all__ = ["bits", "ranks", "strategies"]
+__all__ = ["bits", "counts", "positive", "ranks", "strategies"]
 
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides of every cell, such as peft.rank=4")]
 _Sets = Annotated[str, typer.Option(help="clinics, medquad, ..., comma-separated; all: those that are there")]
@@ -139,14 +139,14 @@ def _grid(
         Console(highlight=False).print(reason, soft_wrap=True)
     return Grid(
         sets=chosen,
-        epsilons=_positive("--epsilons", epsilons),
+        epsilons=positive("--epsilons", epsilons),
         partitions=partitions.split(","),
-        sites=_counts("--sites", sites, least=1),
-        seeds=_counts("--seeds", seeds, least=0),
+        sites=counts("--sites", sites, least=1),
+        seeds=counts("--seeds", seeds, least=0),
         rounds=rounds,
         steps=steps,
         records=records,
-        rate_factors=_positive("--rates", rates),
+        rate_factors=positive("--rates", rates),
         overrides=overrides or [],
     )
 
@@ -158,14 +158,16 @@ def _numbers(option: str, text: str) -> list[float]:
         raise typer.BadParameter(f"{option}={text} holds something that is no number; write 1,3,8") from error
 
 
-def _positive(option: str, text: str) -> list[float]:
+def positive(option: str, text: str) -> list[float]:
+    """Return the numbers of an option, all above 0."""
     values = _numbers(option, text)
     if not all(each > 0 for each in values):
         raise typer.BadParameter(f"{option}={text} must be above 0; write 1,3,8")
     return values
 
 
-def _counts(option: str, text: str, *, least: int) -> list[int]:
+def counts(option: str, text: str, *, least: int) -> list[int]:
+    """Return the whole numbers of an option, all at least `least`."""
     counts = _numbers(option, text)
     if not all(each.is_integer() and each >= least for each in counts):
         raise typer.BadParameter(f"{option}={text} must be whole numbers of at least {least}; write 8,50")

@@ -25,6 +25,7 @@ from finetuning.rows import Row
 from finetuning.tokenization_report import TokenizationReport
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors, digest
+from server.best import best_evaluation
 from server.budget import ServerBooks
 from server.collect import Waiting
 from server.evaluation import Evaluator, build_evaluator
@@ -117,14 +118,16 @@ def _finished_before(directory: RunDirectory) -> Outcome | None:
     finished = directory.finished
     if finished is None:
         return None
-    checkpoint = directory.newest_checkpoint()
-    if checkpoint is None or digest(checkpoint.adapter) != finished.adapter_digest:
+    checkpoint, best = directory.newest_checkpoint(), directory.best
+    kept = best or checkpoint
+    if kept is None or digest(kept.adapter) != finished.adapter_digest:
         directory.close()  # as it was left: a summary that is there stays
         raise ConfigError(
             f"run {directory.path} finished with adapter {finished.adapter_digest[:12]}, and no checkpoint there holds "
             "it; restore the folder's checkpoints, or use the adapter in it as it is"
         )
-    return Outcome(checkpoint.adapter, directory.newest_evaluation())
+    evaluation = directory.newest_evaluation() if best is None else best_evaluation(directory.events)
+    return Outcome(kept.adapter, evaluation)
 
 
 def _books(launch: Launch) -> ServerBooks | None:

@@ -76,8 +76,8 @@ class Evaluator:
         """Return the adapter that training starts from."""
         return self._adapted.initial(seed)
 
-    def evaluate(self, adapter: NamedTensors, round_number: int, *, last: bool = False) -> Evaluated | None:
-        """Return the quality of an adapter, after the `last` round class by class; None without held-out examples."""
+    def evaluate(self, adapter: NamedTensors, round_number: int, *, by_class: bool = False) -> Evaluated | None:
+        """Return the quality of an adapter, also class by class if asked; None without held-out examples."""
         if not self._groups:
             return None
         self._adapted.load(adapter)
@@ -93,7 +93,7 @@ class Evaluator:
             {name: self._objective.headline(part) for name, part in parts.items()},
             self._figures(total, sum(self._text_bytes.values())),
             {name: self._figures(part, self._text_bytes.get(name, 0)) for name, part in parts.items()},
-            total.classes.by_class(self._labels) if last and total.classes is not None and self._labels else None,
+            total.classes.by_class(self._labels) if by_class and total.classes is not None and self._labels else None,
         )
 
     def _figures(self, quality: Quality, text_bytes: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 from protocol.instructions import PrivacyStatement
 
 __all__ = [
+    "BestKept",
     "Evaluated",
     "Event",
     "Observer",
@@ -113,6 +114,15 @@ class RoundFinished:
 
 
 @dataclass(frozen=True)
+class BestKept:
+    """The adapter of this round is the run's result: the best by public held-out records. `stopped`: early."""
+
+    round: int
+    stopped: bool
+    kind: Literal["best_kept"] = "best_kept"
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """The last adapter is stored."""
 
@@ -135,7 +145,15 @@ class PersonalEvaluated:
 
 
 Event = (
-    RunStarted | RunResumed | RoundStarted | SiteReplied | Evaluated | RoundFinished | RunFinished | PersonalEvaluated
+    BestKept
+    | RunStarted
+    | RunResumed
+    | RoundStarted
+    | SiteReplied
+    | Evaluated
+    | RoundFinished
+    | RunFinished
+    | PersonalEvaluated
 )
 Observer = Callable[[Event], None]
 

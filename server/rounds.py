@@ -20,13 +20,23 @@ from conf.schema.strategy_rules import one_rank_because_of
 from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, LedgerName, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, check_values, digest, layout_of
+from server.best import best_evaluation, refuse_diverged, stops_early
 from server.buffered import Collector, collector_for
 from server.checkpoint import Checkpoint, Heads
 from server.cohort import Member, enroll, of_full_rank
 from server.collect import Assignment, Collected, Waiting
 from server.downlink import Downlink, downlink_for
 from server.evaluation import Evaluator
-from server.events import Evaluated, Observer, RoundFinished, RoundStarted, RunFinished, RunResumed, RunStarted
+from server.events import (
+    BestKept,
+    Evaluated,
+    Observer,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+)
 from server.protection import Protection, protection_for
 from server.root import RootTraining, root_training
 from server.run_directory import RunDirectory
@@ -148,12 +158,21 @@ def run_federation(
                 checkpoint.unused,
                 checkpoint.heads,
             )
-        for number in range(1 if checkpoint is None else checkpoint.round + 1, federation.rounds + 1):
+        number = 0 if checkpoint is None else checkpoint.round
+        directory.keep_best(number, progress.adapter)
+        while number < federation.rounds and not stops_early(experiment.evaluation, directory.events):
+            number += 1
             progress = _round(run, number, progress, evaluator, directory, observe, clock)
+            refuse_diverged(directory.events)
+            directory.keep_best(number, progress.adapter)
         protection.finish()
-    directory.save_adapter(evaluator.adapted, progress.adapter)
-    observe(RunFinished(directory.run, clock() - began, digest(progress.adapter)))
-    return Outcome(progress.adapter, progress.evaluation)
+    best = directory.best
+    if best is not None:
+        observe(BestKept(best.round, stopped=number < federation.rounds))
+    adapter = progress.adapter if best is None else best.adapter
+    directory.save_adapter(evaluator.adapted, adapter)
+    observe(RunFinished(directory.run, clock() - began, digest(adapter)))
+    return Outcome(adapter, progress.evaluation if best is None else best_evaluation(directory.events))
 
 
 def _round(
@@ -340,7 +359,8 @@ def _evaluate(
     every, last = experiment.evaluation.every, experiment.federation.rounds
     if every == 0 or (round_number % every and round_number != last):
         return None
-    evaluated = evaluator.evaluate(adapter, round_number, last=round_number == last)
+    by_class = round_number == last or experiment.evaluation.public
+    evaluated = evaluator.evaluate(adapter, round_number, by_class=by_class)
     if evaluated is not None:
         observe(evaluated)
     return evaluated

@@ -32,6 +32,7 @@ from finetuning.export import export_adapter
 from finetuning.tokenization_report import TokenizationReport
 from protocol.errors import ConfigError
 from protocol.tensors import NamedTensors
+from server.best import BestRound, best_evaluation, load_best, save_best
 from server.budget import ServerBooks
 from server.checkpoint import Checkpoint, load_newest, save_checkpoint
 from server.events import Evaluated, Event, RunFinished, parse_event, surviving
@@ -111,6 +112,17 @@ class RunDirectory:
     def newest_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint to go on from; None before the first."""
         return load_newest(self.path / "checkpoints", **self._identity)
+
+    @property
+    def best(self) -> BestRound | None:
+        """The best round so far; None unless held-out records are public and were measured on."""
+        return load_best(self.path / "checkpoints", run=self.run) if self._experiment.evaluation.public else None
+
+    def keep_best(self, round_number: int, adapter: NamedTensors) -> None:
+        """Store a round's adapter where it is the best so far by public held-out records."""
+        best = best_evaluation(self._events) if self._experiment.evaluation.public else None
+        if best is not None and best.round == round_number:
+            save_best(self.path / "checkpoints", BestRound(round_number, adapter), run=self.run)
 
     def newest_evaluation(self) -> Evaluated | None:
         """Return the newest evaluation that was observed."""

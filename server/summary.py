@@ -14,6 +14,7 @@ from finetuning.tasks.build import OBJECTIVES
 from finetuning.tokenization_report import TokenizationReport
 from protocol.instructions import PrivacyStatement
 from server.events import (
+    BestKept,
     Evaluated,
     Event,
     PersonalEvaluated,
@@ -25,7 +26,7 @@ from server.events import (
 )
 from server.statements import epsilon_of_group, epsilon_over_several
 
-__all__ = ["SUMMARY_VERSION", "WHAT_TO_CHANGE", "no_better_than", "summarize", "tuned_quality"]
+__all__ = ["SUMMARY_VERSION", "WHAT_TO_CHANGE", "is_better", "no_better_than", "summarize", "tuned_quality"]
 
 SUMMARY_VERSION = 1
 """Raised when a key changes its meaning or goes; new keys may come without it."""
@@ -247,7 +248,8 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
     evaluated = [event for event in events if isinstance(event, Evaluated)]
     if not evaluated:
         return None
-    first, last = evaluated[0], evaluated[-1]
+    kept = next((event.round for event in events if isinstance(event, BestKept)), None)
+    first, last = evaluated[0], next((each for each in evaluated if each.round == kept), evaluated[-1])
     return {
         "metric": last.metric,
         "base": first.value if first.round == 0 else None,
@@ -258,6 +260,7 @@ def _final(events: Sequence[Event]) -> dict[str, Any] | None:
         "figures": last.figures,
         "group_figures": last.group_figures,
         "by_class": last.by_class,
+        "best_kept": kept is not None,
         "personal": _personal(events),
     }
 
@@ -273,13 +276,14 @@ def no_better_than(final: Mapping[str, Any] | None) -> str | None:
     if final is None or final["round"] == 0:
         return None
     tuned, _ = tuned_quality(final)
-    if final["base"] is not None and not _is_better(final["metric"], tuned, final["base"]):
+    if final["base"] is not None and not is_better(final["metric"], tuned, final["base"]):
         return "base"
     majority = final.get("figures", {}).get("majority")
     return "majority" if majority is not None and not tuned > majority else None
 
 
-def _is_better(metric: str, value: float, other: float) -> bool:
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Return whether a value of a metric is better than another; one that is no number never is."""
     return value > other if metric in _HIGHER_IS_BETTER else value < other
 
 

@@ -22,6 +22,8 @@ __all__ = ["Cell", "Labels", "Line", "compose_cell", "expected_seconds", "finish
 
 _RECORDS_PER_SECOND = 60.0
 """Of private training of the embedded model on one core at 80 tokens, for a first estimate."""
+_MOST_READ = 256.0
+"""Records per step, for an estimate."""
 _USUAL_SITES = 4
 """Of data with sites of its own, before they are read: for an estimate."""
 _SETTINGS = ("evaluation.max_examples=200", "logging.keep_checkpoints=1", "logging.progress=none", "runtime.threads=1")
@@ -218,7 +220,9 @@ def _run(job: _Job) -> Line:
 
 def _records(experiment: Experiment, sites: int) -> float:
     federation = experiment.federation
-    return federation.rounds * federation.local.steps * federation.local.expected_batch_size * sites
+    # A step on all records of a site, however many, is one on summaries that were computed once.
+    batch = min(federation.local.expected_batch_size, _MOST_READ)
+    return federation.rounds * federation.local.steps * batch * sites
 
 
 def _one_line(error: Exception) -> str:

@@ -56,6 +56,17 @@ class Evaluation(Frozen):
         default=2, ge=0, le=100_000, description="rounds between evaluations; 0: never. The last round is always one"
     )
     max_examples: int | None = Field(default=None, ge=1, le=1 << 31, description="held-out records used; null: all")
+    public: bool = Field(
+        default=False,
+        description="held-out records are public, and nobody's privacy hangs on them: the best round by them is kept. "
+        "Otherwise they are only measured on: a choice by private records would tell of them, at a price nobody states",
+    )
+    patience: int | None = Field(
+        default=6,
+        ge=1,
+        le=100_000,
+        description="with public: evaluations without a better one that end a run; null: none",
+    )
 
 
 class Logging(Frozen):

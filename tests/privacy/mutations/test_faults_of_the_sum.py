@@ -233,7 +233,7 @@ def test_sum_divided_by_the_true_batch_size(plant: Plant, catches: Catches) -> N
 
 @pytest.mark.fault("summaries centred on the site's own mean")
 def test_summaries_centred_on_the_sites_own_mean(plant: Plant, head_alone: tuple[str, ...], catches: Catches) -> None:
-    """What a head reads is shifted by the mean over the site's records, so each record is in every other one's gradient."""
+    """What a head reads is shifted by the mean over the site's records, so each is in every other one's gradient."""
 
     def centred(*arguments: Any, **options: Any) -> tuple[Example, ...]:
         made = summarized(*arguments, **options)

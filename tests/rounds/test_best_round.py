@@ -1,0 +1,128 @@
+"""The best round is kept where held-out records are public, and a run that ruins its model ends."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.compose import compose_experiment
+from conf.schema.experiment import Experiment
+from protocol.errors import FederationError
+from protocol.tensors import digest
+from server.best import best_evaluation, stops_early
+from server.events import Evaluated
+from simulations.simulate import simulate
+
+SMALL = (
+    "experiment=smoke",
+    "data.max_records=60",
+    "data.max_length=64",
+    "federation.rounds=8",
+    "federation.local.steps=1",
+    "federation.local.expected_batch_size=8",
+    "evaluation=public",
+    "evaluation.max_examples=40",
+    "logging.keep_checkpoints=100",
+    "runtime.threads=1",
+)
+DROWNED = (
+    "privacy.target_epsilon=null",
+    "privacy.noise_multiplier=60",
+    "federation.local.optimizer.learning_rate=0.02",
+    "evaluation.patience=2",
+)
+"""So much noise that no round is better than the base."""
+
+
+def small(*overrides: str) -> Experiment:
+    return compose_experiment([*SMALL, *overrides])
+
+
+def values(path: Path) -> dict[int, float]:
+    events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return {event["round"]: event["value"] for event in events if event["kind"] == "evaluated"}
+
+
+def test_a_run_that_only_gets_worse_ends_early_with_what_it_began_with(tmp_path: Path) -> None:
+    ran = simulate(small(*DROWNED), tmp_path / "run")
+    measured = values(ran.path)
+    assert min(measured, key=lambda number: measured[number]) == 0
+    assert max(measured) == 2
+    final = ran.summary["final"]
+    assert (final["round"], final["value"], final["best_kept"]) == (0, final["base"], True)
+    assert all(site["privacy"]["steps_executed"] == 2 for site in ran.summary["sites"].values())
+    kept = load_file(ran.path / "checkpoints" / "best.safetensors")
+    assert ran.summary["adapter"]["digest"] == digest(kept)
+    factors = [tensor for name, tensor in kept.items() if ".lora_B" in name]
+    assert factors
+    assert not any(torch.any(each) for each in factors)
+
+
+def test_private_held_out_records_choose_nothing(tmp_path: Path) -> None:
+    ran = simulate(small(*DROWNED, "evaluation.public=false", "federation.rounds=3"), tmp_path / "run")
+    final = ran.summary["final"]
+    assert (final["round"], final["best_kept"]) == (3, False)
+    assert final["value"] > final["base"]
+    assert not (ran.path / "checkpoints" / "best.safetensors").exists()
+
+
+def test_the_best_of_a_run_that_gets_better_is_its_last(tmp_path: Path) -> None:
+    ran = simulate(small("privacy=none", "federation.local.optimizer.learning_rate=7"), tmp_path / "run")
+    measured = values(ran.path)
+    best = min(measured, key=lambda number: measured[number])
+    assert best > 4
+    stored = load_file(ran.path / "checkpoints" / f"round-{best:05d}.safetensors")
+    adapter = {name.removeprefix("adapter/"): each for name, each in stored.items() if name.startswith("adapter/")}
+    assert ran.summary["adapter"]["digest"] == digest(adapter)
+    assert ran.summary["final"]["value"] == measured[best]
+
+
+def test_a_stopped_run_remembers_its_best_round(tmp_path: Path) -> None:
+    whole = simulate(small(*DROWNED, "privacy.insecure_seed=3"), tmp_path / "whole")
+    path = tmp_path / "stopped"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if isinstance(event, Evaluated) and event.round == 1:
+            raise Stopped
+
+    experiment = small(*DROWNED, "privacy.insecure_seed=3")
+    with pytest.raises(Stopped):
+        simulate(experiment, path, (stop,))
+    again = simulate(experiment, path, resume=True)
+    assert again.summary["final"]["round"] == 0
+    assert again.summary["adapter"]["digest"] == whole.summary["adapter"]["digest"]
+
+
+@pytest.mark.parametrize("public", ["true", "false"])
+def test_a_run_that_ruins_its_model_ends(public: str, tmp_path: Path) -> None:
+    experiment = small("privacy=none", "federation.local.optimizer.learning_rate=400", f"evaluation.public={public}")
+    with pytest.raises(FederationError, match=r"round 1 left a model far worse than the base: .* Lower the learning"):
+        simulate(experiment, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert len(summary["rounds"]) == 1
+
+
+def evaluated(*measured: float) -> list[Evaluated]:
+    return [Evaluated(number, "perplexity", value, 1.0, 9, {}) for number, value in enumerate(measured)]
+
+
+def test_patience_counts_evaluations_since_the_best() -> None:
+    config = small("evaluation.patience=2").evaluation
+    for measured, best, stops in (
+        ((9.0,), 0, False),
+        ((9.0, 8.0, 8.5), 1, False),
+        ((9.0, 8.0, 8.5, 8.0), 1, True),
+        ((9.0, 8.0, float("nan"), 7.0), 3, False),
+        ((9.0, float("nan"), float("inf")), 0, True),
+    ):
+        found = best_evaluation(evaluated(*measured))
+        assert found is not None
+        assert (found.round, stops_early(config, evaluated(*measured))) == (best, stops)
+    assert best_evaluation([]) is None
+    assert not stops_early(config.model_copy(update={"patience": None}), evaluated(1.0, 2.0, 3.0, 4.0))
