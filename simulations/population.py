@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_LEAST_EPSILON = 1e-6
+
+
 @dataclass(frozen=True)
 class Population:
     """The training records of each simulated site, and the held-out records that the server may see."""
@@ -169,7 +172,8 @@ def _budget(
             privacy, federation.local, rounds=federation.rounds, published_units=published, num_units=published
         )
         epsilon = plan.epsilon([plan.whole_run])
-    return SiteBudget(unit=unit, epsilon=epsilon, delta=delta)
+    # Noise so large that its ε rounds to nothing has a budget all the same: the least that a site can state.
+    return SiteBudget(unit=unit, epsilon=max(epsilon, _LEAST_EPSILON), delta=delta)
 
 
 def _with_budget(file: SiteFile, budget: SiteBudget | None) -> SiteFile:
