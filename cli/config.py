@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cli.chosen import print_chosen
+
 __all__ = ["config_command"]
 
 
@@ -28,6 +30,7 @@ def config_command(
     console = Console()
     text = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     console.print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    print_chosen(overrides or [], console)
     console.print(f"digest {experiment.digest}", highlight=False)
     for warning in warnings_for(experiment):
         console.print(f"[yellow]warning[/yellow] {warning}", highlight=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.chosen import print_chosen
 from cli.outputs import FIGURES, check_output
 from cli.paths import at_home
 
@@ -83,6 +84,9 @@ def plan_command(
     if as_json:
         _print_json(experiment, found)
     else:
+        from rich.console import Console
+
+        print_chosen(overrides or [], Console())
         _print(experiment, found)
     if found.problems:
         from protocol.errors import PrivacyError

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.chosen import print_chosen
 from cli.server import ServerOption
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def run_command(
     folder = find_folder(server)
     experiment = compose_experiment(overrides or []) if resume is None else _stored(folder, resume, overrides)
     console = Console(highlight=False)
+    if resume is None:
+        print_chosen(overrides or [], console)
     for warning in warnings_for(experiment):
         console.print(f"[yellow]warning[/yellow] {warning}", soft_wrap=True)
     flower = Flower(Programs(folder, read_settings(folder).admin_port))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.chosen import print_chosen
 from cli.paths import at_home
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def simulate_command(
         _run_once(_stored(repeat, overrides or []), console)
         return
     if not multirun:
-        _print_chosen(overrides or [], console)
+        print_chosen(overrides or [], console)
         _run_once(_composed(overrides or []), console)
         return
     _run_sweep(split_sweep(overrides or []), console)
@@ -64,15 +65,6 @@ def simulate_command(
 
 def _run_once(experiment: Experiment, console: Console) -> None:
     _print_outcome(_run(experiment, console, RUNS), console)
-
-
-def _print_chosen(overrides: list[str], console: Console) -> None:
-    from conf.compose import chosen_settings
-
-    if chosen := chosen_settings(overrides):
-        console.print(
-            f"chosen   {' '.join(chosen)}, for a model of your own; docs/choosing.md says why", soft_wrap=True
-        )
 
 
 def _print_outcome(run: Simulated, console: Console) -> None:

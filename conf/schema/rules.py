@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from conf.schema import aggregation_rules as aggregation
 from conf.schema import codec_rules as codecs
 from conf.schema.privacy import Banded, ClientLevel, NoPrivacy, Privacy, adaptive_clipping, local_privacy
+from conf.schema.server_optimizer import NoServerOptimizer
 from conf.schema.strategy_rules import (
     STRATEGY_VARIANTS,
     both_factors_under_noise,
@@ -323,6 +324,21 @@ def _correlation_without_rest(experiment: Experiment) -> str | None:
     )
 
 
+def _large_rate(experiment: Experiment) -> str | None:
+    """A rate says how far a value may move: a step of a clipped gradient is at most rate x clip norm long, and Adam's
+    moves every value by about the rate."""
+    optimizer, server = experiment.federation.local.optimizer, experiment.strategy.server_optimizer
+    asked = {"federation.local.optimizer.learning_rate": (optimizer.learning_rate, _LARGE_RATES[optimizer.kind])}
+    if not isinstance(server, NoServerOptimizer):
+        asked["strategy.server_optimizer.learning_rate"] = (server.learning_rate, _LARGE_RATES[server.kind])
+    for path, (rate, usual) in asked.items():
+        if rate > usual:
+            return f"{path}={rate:g} is far above what trains any model that was tried: at most {usual:g} is usual"
+    return None
+
+
+_LARGE_RATES = {"sgd": 32.0, "adamw": 0.1, "fedavgm": 4.0, "fedadagrad": 1.0, "fedadam": 1.0, "fedyogi": 1.0}
+"""By optimizer: some ten times the largest that did well in any study (docs/decisions/0004-defaults.md)."""
 WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _no_privacy,
     _insecure_seed,
@@ -336,6 +352,7 @@ WARNINGS: tuple[Callable[[Experiment], str | None], ...] = (
     _large_delta,
     _few_whole_sites,
     _correlation_without_rest,
+    _large_rate,
 )
 
 

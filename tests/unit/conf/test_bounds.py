@@ -12,6 +12,7 @@ import conf.schema
 from conf.compose import InvalidConfiguration, compose_experiment
 from conf.schema.base import Frozen
 from conf.schema.federation import SGD, AdamW
+from conf.schema.rules import warnings_for
 
 LOW, HIGH = {"ge", "gt"}, {"le", "lt"}
 
@@ -77,3 +78,20 @@ def test_a_step_takes_no_more_off_a_value_than_there_is(optimizer: Any) -> None:
     assert optimizer(learning_rate=0.5, weight_decay=2.0).weight_decay == 2.0
     with pytest.raises(ValueError, match=r"learning_rate=0.5 x weight_decay=3 must be at most 1, .* at most 2"):
         optimizer(learning_rate=0.5, weight_decay=3.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "warned"),
+    [
+        ("federation.local.optimizer.learning_rate=4000", True),
+        ("federation.local.optimizer.learning_rate=8", False),
+        ("federation.local.optimizer={kind:adamw,learning_rate:0.5}", True),
+        ("strategy.server_optimizer={kind:fedadam,learning_rate:3}", True),
+        ("server_optimizer=adam", False),
+    ],
+)
+def test_a_rate_that_trains_nothing_is_warned_about(override: str, warned: bool) -> None:
+    told = [each for each in warnings_for(compose_experiment([override])) if "far above" in each]
+    assert bool(told) == warned
+    if warned:
+        assert override.partition("=")[0].split("{")[0].split("=")[0].removesuffix(".learning_rate") in told[0]
