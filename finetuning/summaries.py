@@ -71,7 +71,7 @@ def summarized(
         max_units=max_rows,
         longest=longest,
         static_shapes=static_shapes,
-        **({} if alike is None else {"alike": alike}),
+        alike=alike or (lambda _: True),
     )
     made: dict[int, Example] = {}
     for part in batches.of_step(range(len(examples))):

@@ -158,7 +158,8 @@ def build_evaluator(experiment: Experiment, heldout: Sequence[Row] | None = None
 def _predicted_bytes(adapted: AdaptedModel, examples: Iterable[Example]) -> int:
     """Return how many bytes of text the learned tokens are, but for a first one, which nothing predicts."""
     tokens = (example.input_ids[1:][example.trained[1:]].tolist() for example in examples)
-    return sum(len(adapted.base.tokenizer.decode(each, skip_special_tokens=True).encode()) for each in tokens)
+    texts = (str(adapted.base.tokenizer.decode(each, skip_special_tokens=True)) for each in tokens)
+    return sum(len(text.encode()) for text in texts)
 
 
 def _grouped(experiment: Experiment, rows: Sequence[Row]) -> dict[str, list[Row]]:
