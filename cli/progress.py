@@ -24,6 +24,7 @@ from server.events import (
     RunResumed,
     RunStarted,
     SiteReplied,
+    StoppedEarly,
 )
 
 __all__ = ["PlainLines", "RoundsDisplay", "progress_for"]
@@ -103,7 +104,7 @@ class RoundsDisplay:
                 self._progress.update(self._task, completed=event.round)
             case RunFinished():
                 self._progress.stop()
-            case BestKept() | PersonalEvaluated():
+            case BestKept() | StoppedEarly() | PersonalEvaluated():
                 pass  # the live display has ended; the outcome's table tells it
 
     def _reply(self, event: SiteReplied) -> None:
@@ -184,7 +185,8 @@ class PlainLines:
                 value = quality_text(event.metric, event.value)
                 self._print(f"each site's own model: held-out {event.metric} {value}")
             case BestKept():
-                early = ", and no later one was better" if event.stopped else ""
-                self._print(f"kept     round {event.round}, the best by public held-out records{early}")
+                self._print(f"kept     round {event.round}, the best by public held-out records")
+            case StoppedEarly():
+                self._print(f"stopped  after round {event.round} of {self._rounds}: {event.reason}")
             case RoundStarted():
                 pass

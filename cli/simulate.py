@@ -72,6 +72,8 @@ def _print_outcome(run: Simulated, console: Console) -> None:
     from server.summary import WHAT_TO_CHANGE, no_better_than
 
     console.print(outcome_table(run.summary))
+    if run.summary["stopped"]:
+        console.print(f"[yellow]ended early[/yellow]  {run.summary['stopped']}", soft_wrap=True)
     if (what := no_better_than(run.summary["final"])) is not None:
         title, text = WHAT_TO_CHANGE[what]
         console.print(f"[bold red]{title}[/bold red]  {text}", soft_wrap=True)

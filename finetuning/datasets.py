@@ -97,9 +97,8 @@ def _drawn(names: Sequence[str], fraction: float, draw: random.Random, *, named:
 def _groups(rows: Sequence[Row], config: DataConfig, column: str) -> list[str]:
     """Return the group of each row, however spelled; a row that names none is one of its own."""
     present = dict.fromkeys(name for row in rows for name in row)
-    if rows and column not in present:
-        setting = "data.user_column" if config.group_column is None else "data.group_column"
-        raise DataError(missing_column(column, present, setting))
+    if config.group_column is not None and rows and column not in present:
+        raise DataError(missing_column(column, present, "data.group_column"))
     groups: list[str] = []
     for number, row in enumerate(rows):
         name = name_of(row.get(column))

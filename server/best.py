@@ -1,7 +1,7 @@
 """The best round by public held-out records, and the round at which a run had better end.
 
 Held-out records are as private as the others unless `evaluation.public` says that they are not: a choice by private
-ones would tell of them, and no ε is stated for it. A run that ruins its model ends either way: its adapter is not used.
+ones would tell of them, and no ε is stated for it. A run that ruins its model ends either way, as its figures tell.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from pathlib import Path
 
 from conf.schema.execution import Evaluation
 from finetuning.checkpoints import load_tensors, save_tensors
-from protocol.errors import FederationError
 from protocol.tensors import NamedTensors
 from server.events import Evaluated, Event
 from server.summary import is_better
 
-__all__ = ["BestRound", "best_evaluation", "load_best", "refuse_diverged", "save_best", "stops_early"]
+__all__ = ["BestRound", "best_evaluation", "load_best", "save_best", "why_it_stops"]
 
 _FILE = "best.safetensors"
 _RUINED = math.log(10)
@@ -45,31 +44,27 @@ def best_evaluation(events: Sequence[Event]) -> Evaluated | None:
     return best
 
 
-def stops_early(config: Evaluation, events: Sequence[Event]) -> bool:
-    """Return whether `evaluation.patience` evaluations in a row were not better than one before them."""
-    if not config.public or config.patience is None:
-        return False
-    best, evaluations = best_evaluation(events), [event for event in events if isinstance(event, Evaluated)]
-    return best is not None and len(evaluations) - 1 - evaluations.index(best) >= config.patience
+def why_it_stops(config: Evaluation, events: Sequence[Event]) -> str | None:
+    """Return why a run had better end with its newest round, or None: its model is ruined, or no longer gets better.
 
-
-def refuse_diverged(events: Sequence[Event]) -> None:
-    """End a run whose newest round left a model far worse than the base, before the rest of the budget is spent.
-
-    Raises:
-        FederationError: naming both figures and what to change.
+    That is a model far worse than the base by its loss on held-out records; or, where these are public, as many
+    evaluations in a row without a better one as `evaluation.patience` says.
     """
     evaluations = [event for event in events if isinstance(event, Evaluated)]
-    if len(evaluations) < 2 or evaluations[0].round != 0:
-        return
+    best = best_evaluation(events)
+    if best is None or len(evaluations) < 2:
+        return None
     base, newest = evaluations[0], evaluations[-1]
-    if newest.loss <= base.loss + _RUINED:  # a loss that is no number is not
-        return
-    raise FederationError(
-        f"round {newest.round} left a model far worse than the base: its loss on held-out records is {newest.loss:.3g} "
-        f"nats, the base's {base.loss:.3g}; the run ends here, so that no more of any budget is spent. Lower the "
-        "learning rates (federation.local.optimizer, strategy.server_optimizer), or leave them to the product"
-    )
+    if base.round == 0 and not newest.loss <= base.loss + _RUINED:  # a loss that is no number is not
+        return (
+            f"round {newest.round} left a model far worse than the base: its loss on held-out records is "
+            f"{newest.loss:.3g} nats, the base's {base.loss:.3g}; no more of any budget is spent. Lower the learning "
+            "rates (federation.local.optimizer, strategy.server_optimizer), or leave them to the product"
+        )
+    waited = len(evaluations) - 1 - evaluations.index(best)
+    if config.public and config.patience is not None and waited >= config.patience:
+        return f"{waited} evaluations in a row were no better than that of round {best.round}"
+    return None
 
 
 def save_best(folder: Path, best: BestRound, *, run: str) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "RunResumed",
     "RunStarted",
     "SiteReplied",
+    "StoppedEarly",
     "parse_event",
     "surviving",
 ]
@@ -115,11 +116,19 @@ class RoundFinished:
 
 @dataclass(frozen=True)
 class BestKept:
-    """The adapter of this round is the run's result: the best by public held-out records. `stopped`: early."""
+    """The adapter of this round is the run's result: the best by public held-out records."""
 
     round: int
-    stopped: bool
     kind: Literal["best_kept"] = "best_kept"
+
+
+@dataclass(frozen=True)
+class StoppedEarly:
+    """The run ends with this round, before its last one."""
+
+    round: int
+    reason: str
+    kind: Literal["stopped_early"] = "stopped_early"
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,8 @@ def _banners(summary: Mapping[str, Any], experiment: Experiment) -> list[Banner]
             "its training records. Do not release it as if it were protected."
         )
         banners.append(Banner("danger", "NOT PRIVATE", text))
+    if summary.get("stopped"):
+        banners.append(Banner("warning", "ENDED EARLY", summary["stopped"]))
     if (what := no_better_than(summary["final"])) is not None:
         title, text = WHAT_TO_CHANGE[what]
         banners.append(Banner("danger", title.upper(), text))

@@ -20,7 +20,7 @@ from conf.schema.strategy_rules import one_rank_because_of
 from protocol.errors import FederationError, ReplyRejected
 from protocol.instructions import ClientPlan, Instruction, InstructionHeader, LedgerName, Reply, client_plan
 from protocol.tensors import Layout, NamedTensors, check_values, digest, layout_of
-from server.best import best_evaluation, refuse_diverged, stops_early
+from server.best import best_evaluation, why_it_stops
 from server.buffered import Collector, collector_for
 from server.checkpoint import Checkpoint, Heads
 from server.cohort import Member, enroll, of_full_rank
@@ -36,6 +36,7 @@ from server.events import (
     RunFinished,
     RunResumed,
     RunStarted,
+    StoppedEarly,
 )
 from server.protection import Protection, protection_for
 from server.root import RootTraining, root_training
@@ -160,15 +161,18 @@ def run_federation(
             )
         number = 0 if checkpoint is None else checkpoint.round
         directory.keep_best(number, progress.adapter)
-        while number < federation.rounds and not stops_early(experiment.evaluation, directory.events):
+        why = why_it_stops(experiment.evaluation, directory.events)
+        while number < federation.rounds and why is None:
             number += 1
             progress = _round(run, number, progress, evaluator, directory, observe, clock)
-            refuse_diverged(directory.events)
             directory.keep_best(number, progress.adapter)
+            why = why_it_stops(experiment.evaluation, directory.events)
         protection.finish()
+    if why is not None and number < federation.rounds:
+        observe(StoppedEarly(number, why))
     best = directory.best
     if best is not None:
-        observe(BestKept(best.round, stopped=number < federation.rounds))
+        observe(BestKept(best.round))
     adapter = progress.adapter if best is None else best.adapter
     directory.save_adapter(evaluator.adapted, adapter)
     observe(RunFinished(directory.run, clock() - began, digest(adapter)))

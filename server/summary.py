@@ -23,6 +23,7 @@ from server.events import (
     RunFinished,
     RunStarted,
     SiteReplied,
+    StoppedEarly,
 )
 from server.statements import epsilon_of_group, epsilon_over_several
 
@@ -82,6 +83,7 @@ def summarize(
         "started": started.isoformat(timespec="seconds"),
         "status": status,
         "error": error,
+        "stopped": next((event.reason for event in events if isinstance(event, StoppedEarly)), None),
         "config_digest": experiment.digest,
         "model": {"path": experiment.model.path, "base_digest": base_digest},
         "adapter": {

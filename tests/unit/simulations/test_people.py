@@ -19,12 +19,13 @@ from protocol.instructions import client_plan
 from simulations.patient import admit
 from simulations.population import build_population
 
+ALL_TRAINED = "data.split_column=side"
 SPELLINGS = ["Ann", "ann", "ANN ", "Müller", "Mu\u0308ller", "Ben", "Cleo", "D"]
 
 
 def written(folder: Path, people: Sequence[object], text: str = "a note of some words") -> Path:
     path = folder / "notes.jsonl"
-    path.write_text("".join(json.dumps({"person": each, "text": text}) + "\n" for each in people))
+    path.write_text("".join(json.dumps({"person": each, "text": text, "side": "train"}) + "\n" for each in people))
     return path
 
 
@@ -42,8 +43,8 @@ def overrides(path: Path, privacy: str = "user_level", *more: str) -> list[str]:
     ]
 
 
-def experiment(path: Path, privacy: str = "user_level") -> Experiment:
-    return compose_experiment(overrides(path, privacy))
+def experiment(path: Path, privacy: str = "user_level", *more: str) -> Experiment:
+    return compose_experiment(overrides(path, privacy, *more))
 
 
 def only_site(made: Experiment, state: Path) -> Site:
@@ -70,7 +71,7 @@ def test_a_row_that_names_nobody_is_refused_wherever_the_split_puts_it(tmp_path:
 def test_a_site_counts_and_plans_by_people_and_tells_its_log_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = experiment(written(tmp_path, SPELLINGS * 3))
+    made = experiment(written(tmp_path, SPELLINGS * 3), "user_level", ALL_TRAINED)
     (rows,) = build_population(made).parts.values()
     site = only_site(made, tmp_path / "state")
     assert site.file.published_users == len({str(row["person"]).strip().lower()[:1] for row in rows}) == 5
@@ -102,7 +103,7 @@ def test_preview_tells_how_many_were_joined(tmp_path: Path) -> None:
 
 def test_published_counts_and_slots_are_those_of_people(tmp_path: Path) -> None:
     """Published as five, three people more than that would have had no slot."""
-    made = experiment(written(tmp_path, SPELLINGS * 3))
+    made = experiment(written(tmp_path, SPELLINGS * 3), "user_level", ALL_TRAINED)
     site = only_site(made, tmp_path / "state")
     plan = site.rehearse(client_plan(made, "run"))
     assert plan.sampling.slots == site.file.published_users == 5
