@@ -149,14 +149,14 @@ def test_loss_normalized_over_the_batch(
     plant("build_objective", coupled_objective)
     # The dry run would refuse it (tests/unit/client/test_dry_run_before_spending.py); here the doctor has to see it.
     plant("way_of_gradients", lambda *_: "native")
-    plant("_row_check", lambda *_: None)  # it sees rows that differ, and has them computed alone
+    plant("_check_of_training", lambda *_: None)  # it sees rows that differ, and has them computed alone
     catches(12)
 
 
 @pytest.mark.fault("example counted twice by augmentation")
 def test_example_counted_twice_by_augmentation(monkeypatch: pytest.MonkeyPatch, catches: Catches) -> None:
     """Each record becomes two examples, sampled and clipped as if they were two people's."""
-    tokenize, units_of = client.site.tokenize_rows, client.site.units_of
+    tokenize, units_of = client.site.tokenize_as_configured, client.site.units_of
 
     def augmented(*arguments: Any, **options: Any) -> TokenizedRows:
         once = tokenize(*arguments, **options)
@@ -166,7 +166,7 @@ def test_example_counted_twice_by_augmentation(monkeypatch: pytest.MonkeyPatch, 
         once = units_of(*arguments)
         return Units((*once.members, *((at + len(once),) for (at,) in once.members)), once.names * 2)
 
-    monkeypatch.setattr(client.site, "tokenize_rows", augmented)
+    monkeypatch.setattr(client.site, "tokenize_as_configured", augmented)
     monkeypatch.setattr(client.site, "units_of", twice)
     # Where every record publishes a slot, more examples than slots are refused before anything is trained.
     monkeypatch.setattr(privacy.plan, "_refuse_too_few_slots", lambda *_: None)
