@@ -162,6 +162,7 @@ Event = (
     | Evaluated
     | RoundFinished
     | RunFinished
+    | StoppedEarly
     | PersonalEvaluated
 )
 Observer = Callable[[Event], None]

@@ -55,6 +55,11 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_round(tmp_path: Path) ->
     assert final["value"] <= final["base"]
     assert all(site["privacy"]["steps_executed"] == best + 2 for site in ran.summary["sites"].values())
     assert ran.summary["adapter"]["digest"] == digest(load_file(ran.path / "checkpoints" / "best.safetensors"))
+    # A run that was killed before its summary was there is told of what it had come to, and asks nobody.
+    (ran.path / "summary.json").unlink()
+    again = simulate(small(*DROWNED), ran.path, resume=True)
+    for key in ("final", "stopped", "adapter"):
+        assert again.summary[key] == ran.summary[key]
 
 
 def test_private_held_out_records_choose_nothing(tmp_path: Path) -> None:
